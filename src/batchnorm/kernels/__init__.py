@@ -1,0 +1,38 @@
+"""Four primitives and two fusions, and the backends that offer them."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor
+
+from batchnorm.kernels import reference
+from batchnorm.kernels.activation import ACTIVATIONS, IDENTITY, Activation
+from batchnorm.kernels.contract import (
+    Backend,
+    Coefficients,
+    Epilogue,
+    Gradients,
+    accumulator,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "BACKENDS",
+    "IDENTITY",
+    "Activation",
+    "Backend",
+    "Coefficients",
+    "Epilogue",
+    "Gradients",
+    "accumulator",
+    "backend_for",
+]
+
+BACKENDS: list[Backend] = [cast("Backend", reference)]
+"""Fastest first; the last serves everything."""
+
+
+def backend_for(x: Tensor, epilogue: Epilogue) -> Backend:
+    """The first backend that serves x (g, n, c, *p) with this epilogue."""
+    return next(backend for backend in BACKENDS if backend.serves(x, epilogue))

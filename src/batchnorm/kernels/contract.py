@@ -1,0 +1,134 @@
+"""What a backend offers: four primitives and two fusions over groups × channels.
+
+Every tensor a kernel sees has the shape (g, n, c, *p): g groups of samples that are
+normalized apart (one group for plain batch norm, several for ghost batches), n samples
+in a group, c channels, any positions *p, in any strides. Statistics are (g, c).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels.activation import IDENTITY, Activation
+from batchnorm.moments import Moments
+
+__all__ = ["Backend", "Coefficients", "Epilogue", "Gradients", "accumulator", "per_channel"]
+
+
+class Coefficients(NamedTuple):
+    """y = (x − center)·scale + shift, each (g, c).
+
+    The center is taken off before scaling: x·scale + shift' would lose, to rounding of its
+    two large terms, as many digits as the mean has more than the spread.
+    """
+
+    center: Tensor
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        mean: Tensor,  # (g, c)
+        var: Tensor,  # (g, c)
+        weight: Tensor | None,  # (c,)
+        bias: Tensor | None,  # (c,)
+        eps: float,
+        dtype: torch.dtype,
+    ) -> Coefficients:
+        """scale = γ/√(var + ε) and shift = β, in `dtype`, from statistics of any precision."""
+        center = mean.to(dtype)
+        scale = torch.rsqrt(var + eps)
+        if weight is not None:
+            scale = scale * weight
+        # what rounding the mean to `dtype` lost comes back through the shift
+        shift = (center - mean) * scale
+        if bias is not None:
+            shift = shift + bias
+        return cls(center, scale.to(dtype), shift.to(dtype))
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What is fused behind a normalization: y = act(normalized + residual), 0 where masked."""
+
+    residual: Tensor | None = None  # (g, n, c, *p)
+    mask: Tensor | None = None  # (g, n, 1, *p), bool; true where the data is
+    act: Activation = IDENTITY
+
+
+class Gradients(NamedTuple):
+    """What the backward pass returns; None for an input that is None."""
+
+    x: Tensor  # (g, n, c, *p)
+    residual: Tensor | None  # (g, n, c, *p)
+    weight: Tensor | None  # (c,)
+    bias: Tensor | None  # (c,)
+
+
+class Backend(Protocol):
+    """One file with these functions is a backend; see `batchnorm.kernels.reference`."""
+
+    def serves(self, x: Tensor, epilogue: Epilogue) -> bool:
+        """Whether this backend computes `x`'s device, dtype, layout and epilogue."""
+
+    def moments(self, x: Tensor, mask: Tensor | None) -> Moments:
+        """Count, mean and m2 of each channel of each group, in one sweep over x."""
+
+    def apply(self, x: Tensor, coefficients: Coefficients, epilogue: Epilogue) -> Tensor:
+        """y = act((x − center)·scale + shift + residual), 0 where masked."""
+
+    def backward_reduce(
+        self, dy: Tensor, x: Tensor, coefficients: Coefficients, epilogue: Epilogue
+    ) -> tuple[Tensor, Tensor]:
+        """Σg and Σg·(x − center) of each channel, g being dy taken through the activation."""
+
+    def backward_apply(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        coefficients: Coefficients,
+        epilogue: Epilogue,
+        slope: Tensor,
+        offset: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """dx = g·scale + (x − center)·slope + offset, and g, which is the residual's gradient."""
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        epilogue: Epilogue,
+    ) -> tuple[Tensor, Moments]:
+        """`moments` and `apply` in one, where nobody has to be asked in between."""
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        moments: Moments,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        epilogue: Epilogue,
+        *,
+        frozen: bool,
+    ) -> Gradients:
+        """`backward_reduce` and `backward_apply` in one; `frozen`: the moments are constants."""
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype of statistics and sums: float64, but on a device that has none float32."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def per_channel(statistic: Tensor, x: Tensor) -> Tensor:
+    """A (g, c) statistic, shaped to broadcast against x (g, n, c, *p)."""
+    groups, channels = statistic.shape
+    return statistic.reshape(groups, 1, channels, *(1,) * (x.ndim - 3))

@@ -1,0 +1,221 @@
+"""The reference backend: plain PyTorch operations, for every device and dtype.
+
+Differentiable any number of times, and the definition that the other backends agree with.
+Sums run over chunks cut by shape, in float64, so that their error does not grow with n and
+their bits do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels.contract import (
+    Coefficients,
+    Epilogue,
+    Gradients,
+    accumulator,
+    per_channel,
+)
+from batchnorm.moments import Moments
+
+__all__ = [
+    "apply",
+    "backward",
+    "backward_apply",
+    "backward_reduce",
+    "forward",
+    "moments",
+    "serves",
+]
+
+# Values in a chunk. A float64 copy of so many (1 MB) stays in a core's cache.
+CHUNK = 2**17
+# PyTorch splits a reduction to a single number by threads from this size on, so that its
+# bits would depend on their number; one channel of one group is cut smaller.
+SINGLE_CHUNK = 2**15 - 1
+
+
+def serves(x: Tensor, epilogue: Epilogue) -> bool:
+    """Everything."""
+    return True
+
+
+def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
+    """Count, mean and m2 of each channel of each group: (g, c)."""
+    dims = _reduced(x)
+    return Moments.merge(
+        Moments.of(part, dims, mask=part_mask, dtype=accumulator(x))
+        for part, part_mask in _chunks(x, mask)
+    )
+
+
+def apply(x: Tensor, coefficients: Coefficients, epilogue: Epilogue) -> Tensor:
+    """y = act((x − center)·scale + shift + residual), 0 where masked."""
+    y = epilogue.act(_before_activation(x, coefficients, epilogue))
+    if epilogue.mask is not None:
+        y = y.where(epilogue.mask, 0)
+    return y.to(_output_dtype(x, epilogue))
+
+
+def backward_reduce(
+    dy: Tensor, x: Tensor, coefficients: Coefficients, epilogue: Epilogue
+) -> tuple[Tensor, Tensor]:
+    """Σg and Σg·(x − center): (g, c) each."""
+    g = _through_activation(dy, x, coefficients, epilogue)
+    return _sums(g, x, coefficients.center)
+
+
+def backward_apply(
+    dy: Tensor,
+    x: Tensor,
+    coefficients: Coefficients,
+    epilogue: Epilogue,
+    slope: Tensor,
+    offset: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """dx = g·scale + (x − center)·slope + offset, and g."""
+    g = _through_activation(dy, x, coefficients, epilogue)
+    return _input_gradient(g, x, coefficients, epilogue, slope, offset), g
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, epilogue: Epilogue
+) -> tuple[Tensor, Moments]:
+    """`moments` and `apply`."""
+    batch = moments(x, epilogue.mask)
+    return apply(x, coefficients_of(x, batch, weight, bias, eps), epilogue), batch
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    moments: Moments,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    epilogue: Epilogue,
+    *,
+    frozen: bool,
+) -> Gradients:
+    """`backward_reduce` and `backward_apply`, with g computed once.
+
+    dx = s·(g − Σg/n − (x − mean)·Σg(x − mean)/(n·(var + ε))),  s = γ/√(var + ε);
+    dx = s·g where the moments are constants (Ioffe & Szegedy 2015, section 3).
+    """
+    coefficients = coefficients_of(x, moments, weight, bias, eps)
+    g = _through_activation(dy, x, coefficients, epilogue)
+    total, projection = _sums(g, x, coefficients.center)
+    # the sums are about the rounded center; move them to the mean itself
+    projection = projection + (coefficients.center - moments.mean) * total
+    inverse = torch.rsqrt(_biased(moments) + eps)
+    scale = inverse if weight is None else inverse * weight
+    if frozen:
+        slope = offset = torch.zeros_like(total)
+    else:
+        n = moments.count.clamp(min=1)
+        slope = -scale * inverse.square() * projection / n
+        offset = -scale * total / n + (coefficients.center - moments.mean) * slope
+    dx = _input_gradient(g, x, coefficients, epilogue, slope, offset)
+    return Gradients(
+        dx,
+        None if epilogue.residual is None else g.to(epilogue.residual.dtype),
+        None if weight is None else (projection * inverse).sum(0).to(weight.dtype),
+        None if bias is None else total.sum(0).to(bias.dtype),
+    )
+
+
+def coefficients_of(
+    x: Tensor, moments: Moments, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Coefficients:
+    """The coefficients that standardize with `moments`, in the dtype x is computed in."""
+    mean, var = (statistic.to(accumulator(x)) for statistic in (moments.mean, _biased(moments)))
+    return Coefficients.of(mean, var, weight, bias, eps, _compute_dtype(x))
+
+
+def _biased(moments: Moments) -> Tensor:
+    """m2 / n, and 0 for an empty set, whose outputs nobody reads."""
+    return moments.m2 / moments.count.clamp(min=1)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _output_dtype(x: Tensor, epilogue: Epilogue) -> torch.dtype:
+    residual = epilogue.residual
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+
+
+def _reduced(x: Tensor) -> tuple[int, ...]:
+    """Every dimension but the groups and the channels."""
+    return (1, *range(3, x.ndim))
+
+
+def _before_activation(x: Tensor, coefficients: Coefficients, epilogue: Epilogue) -> Tensor:
+    """z = (x − center)·scale + shift + residual."""
+    center, scale, shift = (per_channel(c, x) for c in coefficients)
+    z = torch.addcmul(shift, x - center, scale)
+    return z if epilogue.residual is None else z + epilogue.residual
+
+
+def _through_activation(
+    dy: Tensor, x: Tensor, coefficients: Coefficients, epilogue: Epilogue
+) -> Tensor:
+    """g = dy · act'(z), 0 where masked; z is computed again, not stored."""
+    g = dy.to(_compute_dtype(x))
+    if epilogue.mask is not None:
+        g = g.where(epilogue.mask, 0)
+    if epilogue.act.name == "identity":
+        return g
+    z = _before_activation(x, coefficients, epilogue)
+    return epilogue.act.backward(g.to(z.dtype), z)
+
+
+def _sums(g: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    """Σg and Σg·(x − center) over chunks, in the accumulator's dtype."""
+    dims, dtype = _reduced(x), accumulator(x)
+    totals, projections = [], []
+    for part_g, part_x in _chunks(g, x):
+        assert part_x is not None
+        part_g = part_g.to(dtype)
+        totals.append(part_g.sum(dims))
+        projections.append((part_g * (part_x - per_channel(center, x))).sum(dims))
+    return torch.stack(totals).sum(0), torch.stack(projections).sum(0)
+
+
+def _input_gradient(
+    g: Tensor,
+    x: Tensor,
+    coefficients: Coefficients,
+    epilogue: Epilogue,
+    slope: Tensor,
+    offset: Tensor,
+) -> Tensor:
+    dtype = _compute_dtype(x)
+    center, scale, slope, offset = (
+        per_channel(c.to(dtype), x) for c in (*coefficients[:2], slope, offset)
+    )
+    dx = torch.addcmul(torch.addcmul(offset, x - center, slope), g, scale)
+    if epilogue.mask is not None:
+        dx = dx.where(epilogue.mask, 0)
+    return dx.to(x.dtype)
+
+
+def _chunks(x: Tensor, other: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Cut x, and what goes with it, along samples and positions into chunks by shape alone."""
+    limit = SINGLE_CHUNK if x.shape[0] * x.shape[2] == 1 else CHUNK
+    # a traced graph is unrolled; there the compiler decides how to sum
+    if torch.compiler.is_compiling() or x.numel() <= limit:
+        yield x, other
+        return
+    dim = next((d for d in _reduced(x) if x.shape[d] > 1), None)
+    if dim is None:  # one value a channel: nothing is summed
+        yield x, other
+        return
+    step = max(1, x.shape[dim] * limit // x.numel())
+    others = [other] * -(-x.shape[dim] // step) if other is None else other.split(step, dim)
+    for part, part_other in zip(x.split(step, dim), others, strict=True):
+        yield from _chunks(part, part_other)
