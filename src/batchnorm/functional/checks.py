@@ -1,0 +1,58 @@
+"""What a normalization's tensors must satisfy, said once, at the public edge."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_input"]
+
+
+def check_input(
+    x: Tensor,
+    *,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    groups: int = 1,
+    **channelwise: Tensor | None,
+) -> None:
+    """Raise unless x is floating point of (n, c, *positions) and everything else fits it."""
+    if not x.is_floating_point():
+        raise TypeError(
+            f"batch_norm needs a floating point input, got {x.dtype}; convert it first, "
+            "for example with input.float()"
+        )
+    shape = tuple(x.shape)
+    if len(shape) < 2:
+        raise ValueError(
+            f"batch_norm needs an input of shape (n, c, *positions), got shape {shape}; "
+            "add the missing dimension, for example with input.unsqueeze(0)"
+        )
+    for name, tensor in channelwise.items():
+        if tensor is not None and tuple(tensor.shape) != shape[1:2]:
+            raise ValueError(
+                f"{name} must hold one value per channel, shape ({shape[1]},) for an input of "
+                f"shape {shape}, got shape {tuple(tensor.shape)}; channels are dimension 1"
+            )
+    if residual is not None and tuple(residual.shape) != shape:
+        raise ValueError(
+            f"residual must have the input's shape {shape}, got {tuple(residual.shape)}; "
+            "project it or expand() it first"
+        )
+    if mask is not None:
+        expected = (shape[0], *shape[2:])
+        if mask.dtype != torch.bool:
+            raise TypeError(
+                f"mask must be of dtype bool, true where the data is, got {mask.dtype}; "
+                "compare first, for example mask != 0"
+            )
+        if tuple(mask.shape) != expected:
+            raise ValueError(
+                f"mask must have shape (n, *positions) = {expected} for an input of shape "
+                f"{shape}, got {tuple(mask.shape)}; it has no channel dimension"
+            )
+    if groups < 1 or shape[0] % groups:
+        raise ValueError(
+            f"groups must divide the batch into equal slices, got {groups} groups for "
+            f"{shape[0]} samples"
+        )

@@ -1,0 +1,143 @@
+"""Batch normalization as functions: checked at the edge, one registered operation behind."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from typing_extensions import TypedDict
+
+from batchnorm.functional import composite
+from batchnorm.functional.checks import check_input
+from batchnorm.kernels import Activation
+from batchnorm.moments import Moments
+
+__all__ = ["Options", "batch_norm", "moments", "normalize"]
+
+
+class Options(TypedDict, total=False):
+    """What every normalization takes beside its statistics; see `batch_norm`."""
+
+    residual: Float[Tensor, "n c *positions"] | None
+    mask: Bool[Tensor, "n *positions"] | None
+    eps: float
+    act: str | nn.Module | Activation | None
+
+
+def moments(
+    x: Float[Tensor, "n c *positions"],
+    *,
+    mask: Bool[Tensor, "n *positions"] | None = None,
+    groups: int = 1,
+) -> Moments:
+    """The moments of each channel of x, (c,), or of each of `groups` equal slices, (groups, c).
+
+    Computed in float64 (float32 on a device without it) and not differentiable.
+    """
+    check_input(x, mask=mask, groups=groups)
+    if composite.is_asked_for():
+        return _flat(composite.moments(x, mask, groups))
+    return _flat(Moments(*torch.ops.batchnorm.moments(x.detach(), mask, groups)))
+
+
+def batch_norm(
+    x: Float[Tensor, "n c *positions"],
+    weight: Float[Tensor, " c"] | None = None,
+    bias: Float[Tensor, " c"] | None = None,
+    *,
+    batch: Moments | None = None,
+    groups: int = 1,
+    residual: Float[Tensor, "n c *positions"] | None = None,
+    mask: Bool[Tensor, "n *positions"] | None = None,
+    eps: float = 1e-5,
+    act: str | nn.Module | Activation | None = None,
+) -> tuple[Float[Tensor, "n c *positions"], Moments]:
+    """Normalize each channel by the batch's own moments.
+
+    y = act(γ·(x − mean)/√(var + ε) + β + residual), var being the biased variance.
+
+    ```python
+    y, batch = batch_norm(x)                                      # (n, c, h, w), moments (c,)
+    y, _ = batch_norm(x, weight, bias, act="relu", residual=skip)
+    y, _ = batch_norm(x, mask=lengths[:, None] > torch.arange(x.shape[2]))   # x: (n, c, l)
+    y, slices = batch_norm(x, groups=4)                           # moments (4, c)
+    ```
+
+    - `x`: floating point, in any strides.
+    - `weight`, `bias`: γ and β; 1 and 0 where None.
+    - `batch`: x's own moments, as `moments(x, …)` gave them, where they are known already.
+      Gradients run through them all the same.
+    - `groups`: slices of the batch that are normalized apart (ghost batches).
+    - `residual`: added before the activation.
+    - `mask`: true where the data is. Masked elements do not count, get no gradient, and come
+      out as zeros.
+    - `act`: a name among `batchnorm.kernels.ACTIVATIONS`, or a `torch.nn` module of those.
+
+    Returns y, in x's layout, and the batch's moments, which are constants to autograd.
+
+    Raises `ValueError` for shapes that do not fit each other and for eps ≤ 0, `TypeError` for
+    an input that is not floating point.
+
+    Source: Ioffe & Szegedy 2015, "Batch normalization", algorithm 1.
+    """
+    activation = Activation.of(act)
+    check_input(x, weight=weight, bias=bias, residual=residual, mask=mask, groups=groups)
+    if eps <= 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if composite.is_asked_for():
+        y, own = composite.batch_norm(x, weight, bias, residual, mask, groups, eps, activation)
+        return y, _flat(own)
+    given = (None, None, None) if batch is None else _grouped(batch, groups)
+    y, *computed = torch.ops.batchnorm.batch_norm(
+        x, residual, mask, weight, bias, *given, False, groups, eps,
+        activation.name, activation.parameter,
+    )  # fmt: skip
+    return y, _flat(Moments(*computed)) if batch is None else batch
+
+
+def normalize(
+    x: Float[Tensor, "n c *positions"],
+    mean: Float[Tensor, " c"],
+    var: Float[Tensor, " c"],
+    weight: Float[Tensor, " c"] | None = None,
+    bias: Float[Tensor, " c"] | None = None,
+    *,
+    residual: Float[Tensor, "n c *positions"] | None = None,
+    mask: Bool[Tensor, "n *positions"] | None = None,
+    eps: float = 1e-5,
+    act: str | nn.Module | Activation | None = None,
+) -> Float[Tensor, "n c *positions"]:
+    """Normalize each channel by given statistics, which are constants: inference, frozen layers.
+
+    y = act(γ·(x − mean)/√(var + ε) + β + residual)
+
+    Arguments and errors are those of `batch_norm`; here ε may be 0.
+
+    Source: Ioffe & Szegedy 2015, "Batch normalization", algorithm 2.
+    """
+    activation = Activation.of(act)
+    check_input(x, mean=mean, var=var, weight=weight, bias=bias, residual=residual, mask=mask)
+    if eps < 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    if composite.is_asked_for():
+        return composite.normalize(x, mean, var, weight, bias, residual, mask, eps, activation)
+    constants = Moments(torch.ones_like(mean, dtype=torch.int64), mean, var)  # m2 / 1 = var
+    y: Tensor
+    y, *_ = torch.ops.batchnorm.batch_norm(
+        x, residual, mask, weight, bias, *_grouped(constants.detach(), 1), True, 1, eps,
+        activation.name, activation.parameter,
+    )  # fmt: skip
+    return y
+
+
+def _grouped(batch: Moments, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As the operations take them: (groups, c) each, one group too."""
+    shape = (groups, -1)
+    return batch.count.reshape(shape), batch.mean.reshape(shape), batch.m2.reshape(shape)
+
+
+def _flat(batch: Moments) -> Moments:
+    """(1, c) as (c,): one group is no group."""
+    if batch.mean.shape[0] != 1:
+        return batch
+    return Moments(batch.count[0], batch.mean[0], batch.m2[0])
