@@ -1,0 +1,50 @@
+"""What a statistics policy is: the answer to "whose mean and variance?"."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from typing_extensions import Unpack
+
+from batchnorm.functional import Options
+from batchnorm.moments import Moments
+
+__all__ = ["RunningStatistics", "Statistics"]
+
+
+class RunningStatistics(NamedTuple):
+    """A layer's buffers: the running mean and (unbiased) variance, and the batches tracked."""
+
+    mean: Float[Tensor, " c"]
+    var: Float[Tensor, " c"]
+    batches: Int[Tensor, ""]
+
+
+class Statistics(ABC):
+    """Whose mean and variance a layer normalizes with while it trains.
+
+    A policy holds settings alone; what it learns lives in the layer's buffers, so policies
+    are shared between layers, compared and printed. At inference every layer uses its
+    running statistics, whatever its policy.
+    """
+
+    needs_running: bool = False
+    """Whether the policy reads running statistics, so that a layer must track them."""
+
+    @abstractmethod
+    def normalize(
+        self,
+        x: Float[Tensor, "n c *positions"],
+        weight: Float[Tensor, " c"] | None,
+        bias: Float[Tensor, " c"] | None,
+        running: RunningStatistics | None,
+        **options: Unpack[Options],
+    ) -> tuple[Float[Tensor, "n c *positions"], Moments | None]:
+        """y, and the moments that the running statistics take up; None where they do not."""
+
+    def smallest_slice(self, n: int) -> int:
+        """Of n samples, how many share their statistics in the smallest slice; 0: nobody's."""
+        return n
