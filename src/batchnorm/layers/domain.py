@@ -1,0 +1,118 @@
+"""One layer for several distributions: a set of statistics for each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from batchnorm.layers.base import BatchNorm
+
+__all__ = ["DomainBatchNorm", "domain"]
+
+
+@dataclass
+class _Route:
+    domain: str | None = None
+
+
+# One for the process, not a ContextVar: torch.compile guards on a plain attribute, and the
+# threads of a backward pass or of DataParallel must see it.
+_route = _Route()
+
+
+@contextmanager
+def domain(name: str) -> Iterator[None]:
+    """Route every `DomainBatchNorm` called inside through the statistics of domain `name`.
+
+    ```python
+    with domain("target"):
+        logits = model(images)
+    ```
+
+    It holds for the whole process. Where threads work on different domains at once, or a
+    checkpointed region is computed again after the block has ended, pass `domain=` instead.
+    """
+    before = _route.domain
+    _route.domain = name
+    try:
+        yield
+    finally:
+        _route.domain = before
+
+
+class DomainBatchNorm(nn.Module):
+    """A batch norm with its own statistics for each named domain.
+
+    Real and generated images, clean and adversarial ones, source and target: batches of
+    different distributions do not share a mean, and one running mean between them serves none.
+
+    ```python
+    norm = DomainBatchNorm(BatchNorm2d(64), ["clean", "adversarial"])
+    norm(x, domain="clean")                     # (n, 64, h, w)
+    with domain("adversarial"):                 # around the whole model
+        norm(x)
+    ```
+
+    - `layer`: any layer of this library; each domain gets a copy of it.
+    - `domains`: their names.
+    - `separate_affine`: whether γ and β are kept per domain too. By default they are shared.
+
+    Raises `ValueError` for no, repeated or unusable names, `TypeError` for another kind of layer.
+
+    Source: Chang et al. 2019, "Domain-specific batch normalization", section 3.1 (separate γ
+    and β there); Xie et al. 2020, "Adversarial examples improve image recognition", section 3.
+    """
+
+    def __init__(
+        self, layer: BatchNorm, domains: Iterable[str], *, separate_affine: bool = False
+    ) -> None:
+        super().__init__()
+        if not isinstance(layer, BatchNorm):
+            raise TypeError(
+                "DomainBatchNorm copies a layer of this library, such as BatchNorm2d(64), got "
+                f"{type(layer).__name__}"
+            )
+        names = list(domains)
+        unusable = [name for name in names if not name or "." in name]
+        if not names or len(set(names)) < len(names) or unusable:
+            raise ValueError(
+                "domains must be at least one name, each once, not empty and without a dot, "
+                f"since they become keys of the state_dict; got {names}"
+            )
+        self.separate_affine = separate_affine
+        self.layers = nn.ModuleDict({name: copy.deepcopy(layer) for name in names})
+        if not separate_affine:
+            first = self.layers[names[0]]
+            for other in self.layers.values():
+                other.weight, other.bias = first.weight, first.bias
+
+    def forward(
+        self,
+        input: Float[Tensor, "n c *positions"],
+        *,
+        domain: str | None = None,
+        residual: Float[Tensor, "n c *positions"] | None = None,
+        mask: Bool[Tensor, "n *positions"] | None = None,
+    ) -> Float[Tensor, "n c *positions"]:
+        """Normalize `input` as a batch of `domain`, or of the domain of the context around.
+
+        Raises `ValueError` where neither names a domain that this layer knows.
+        """
+        name = _route.domain if domain is None else domain
+        if name is None or name not in self.layers:
+            raise ValueError(
+                f"DomainBatchNorm has the domains {list(self.layers)}, got {name!r}; pass "
+                "domain=..., or call the model inside `with batchnorm.domain(...)`"
+            )
+        layer = self.layers[name]
+        output: Tensor = layer(input, residual=residual, mask=mask)
+        return output
+
+    def extra_repr(self) -> str:
+        """What the domains share."""
+        return f"separate_affine={self.separate_affine}"
