@@ -1,12 +1,9 @@
-"""A residual network with batch normalization learns scikit-learn's handwritten digits.
-
-    python examples/digits.py --epochs 12
-    batchnorm run examples/digits.py --forget-eval     # the classic mistake, found
-"""
+"""A residual network with batch normalization learns scikit-learn's handwritten digits."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +55,8 @@ class ResidualNetwork(nn.Sequential):
 
 def train(model: nn.Module, loader: Loader, optimizer: torch.optim.Optimizer, epoch: int) -> None:
     model.train()
-    for images, labels in track(loader, f"epoch {epoch:2}", transient=True):
+    quiet = not sys.stdout.isatty()
+    for images, labels in track(loader, f"epoch {epoch:2}", transient=True, disable=quiet):
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
@@ -68,12 +66,12 @@ def train(model: nn.Module, loader: Loader, optimizer: torch.optim.Optimizer, ep
 def validate(model: nn.Module, loader: Loader, forget_eval: bool) -> float:
     if not forget_eval:
         model.eval()
-    correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in loader)
+    correct = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in loader)
     return correct / len(loader.dataset)  # type: ignore[arg-type]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--forget-eval", action="store_true", help="validate in training mode")
@@ -82,8 +80,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-    arrays = train_test_split(images, torch.tensor(digits.target), test_size=360, random_state=0)
-    train_set, test_set = TensorDataset(arrays[0], arrays[2]), TensorDataset(arrays[1], arrays[3])
+    parts = train_test_split(images, torch.tensor(digits.target), test_size=360, random_state=0)
+    train_set, test_set = TensorDataset(*parts[0::2]), TensorDataset(*parts[1::2])
     train_loader = DataLoader(train_set, batch_size=64, shuffle=True, drop_last=True)
     test_loader = DataLoader(test_set, batch_size=60)
 

@@ -1,0 +1,38 @@
+# Everything lives in .venv; each target sets it up first, so it works on a fresh machine.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench clean
+
+help:  ## Show the targets.
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+# pip 25.1 is the first that knows dependency groups
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]' --group dev
+	touch $@
+
+demo: .venv/installed  ## Train on handwritten digits, watched; then with the classic mistake.
+	$(BIN)/batchnorm demo
+
+check: .venv/installed  ## Lint, types, and the floors' imports.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check  ## All checks and tests.
+	$(BIN)/pytest --numprocesses auto
+
+format:  .venv/installed  ## Put the code into its form.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/installed  ## Run the benchmarks; nothing else should run meanwhile.
+	$(BIN)/python benchmarks/watching.py
+
+clean:  ## Remove what was installed and cached.
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

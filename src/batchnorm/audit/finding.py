@@ -1,0 +1,63 @@
+"""What a rule says: findings, and the report that gathers them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+__all__ = ["Finding", "Report", "Severity"]
+
+
+class Severity(str, Enum):
+    """How bad: `error` is certainly wrong, `warning` does harm, `info` may be meant."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    INFO = "info"
+
+    @property
+    def rank(self) -> int:
+        """0 for the worst."""
+        return list(Severity).index(self)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, in one place.
+
+    - `code`: the rule's.
+    - `message`: one line, with the numbers that were measured.
+    - `modules`: paths of the layers concerned.
+    - `place`: `file:line` in the user's code, where that is known.
+    - `fix`: what to write or call.
+    - `numbers`: the measurements by name, for programs.
+    """
+
+    code: str
+    severity: Severity
+    message: str
+    modules: tuple[str, ...]
+    fix: str
+    place: str | None = None
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an audit found, worst first, and what it looked at.
+
+    - `layers`, `calls`: batch norm layers watched, and their forward passes.
+    - `rules`: codes of the rules that looked.
+    - `disabled`: rules that raised and were switched off, with the reason.
+    """
+
+    findings: tuple[Finding, ...]
+    layers: int
+    calls: int
+    rules: tuple[str, ...]
+    disabled: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether there is neither a warning nor an error."""
+        return all(finding.severity is Severity.INFO for finding in self.findings)

@@ -1,0 +1,96 @@
+"""BN108: running statistics that move while gradients are off."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from batchnorm.audit.call import Call
+from batchnorm.audit.finding import Finding, Severity
+from batchnorm.audit.place import calling_place, is_called_within
+from batchnorm.audit.rule import Rule
+
+__all__ = ["MovedWithoutGradients"]
+
+# Forward passes without gradients that are part of training, or are meant to move statistics.
+_MEANT = frozenset(
+    {
+        ("torch/utils/checkpoint.py", "forward"),  # reentrant checkpointing's first pass
+        ("torch/optim/swa_utils.py", "update_bn"),
+        ("fvcore/nn/precise_bn.py", "update_bn_stats"),
+    }
+)
+
+
+class MovedWithoutGradients(Rule):
+    """## What it finds
+
+    Forward passes in training mode under `torch.no_grad()` or `torch.inference_mode()` that
+    moved the running statistics, and the line in your code that made them.
+
+    ## Why it hurts
+
+    Without gradients nothing is being trained, so this is validation without `model.eval()`, a
+    teacher or a target network left in training mode, or a dummy pass to find a shape. It does
+    two things: the statistics move towards data that the weights are not trained on (test data
+    leaks into the model), and the outputs are those of the batch, so that a sample's result
+    depends on its companions and the measured accuracy is not that of the deployed model.
+
+    ## Example
+
+        @torch.no_grad()
+        def validate(model, loader):
+            for x, y in loader:
+                model(x)            # still in training mode: every batch moves the statistics
+
+    ## Fix
+
+    `model.eval()` before, `model.train()` after. For a network that must never learn statistics,
+    `layer.freeze()`, which survives `model.train()`. For a dummy pass, `model.eval()` too.
+
+    ## When it is fine
+
+    When the pass is there to estimate the statistics again. `torch.optim.swa_utils.update_bn`,
+    fvcore's `update_bn_stats` and activation checkpoints are known and not reported.
+
+    ## Evidence
+
+    facebookresearch/unbiased-teacher#47, qualcomm/aimet#1279
+    """
+
+    code = "BN108"
+    name = "statistics moved with gradients off"
+    looks_at = "a training run"
+
+    def __init__(self) -> None:
+        self._before: dict[int, int] = {}
+        self._calls: dict[str | None, Counter[str]] = {}
+
+    def before(self, call: Call) -> None:
+        """Note the buffers' version."""
+        if call.tracks and not call.has_gradients and call.layer.momentum != 0:
+            self._before[id(call.layer)] = call.statistics_version
+
+    def after(self, call: Call) -> None:
+        """Compare it."""
+        before = self._before.pop(id(call.layer), None)
+        moved = before is not None and before != call.statistics_version
+        if moved and not is_called_within(_MEANT):
+            self._calls.setdefault(calling_place(), Counter())[call.path] += 1
+
+    def findings(self) -> Iterator[Finding]:
+        """One for each place in the user's code."""
+        for place, paths in self._calls.items():
+            passes = max(paths.values())
+            layers = "layer" if len(paths) == 1 else "layers"
+            times = "pass" if passes == 1 else "passes"
+            yield Finding(
+                self.code,
+                Severity.WARNING,
+                f"{len(paths)} {layers} moved their running statistics in {passes} forward "
+                f"{times} with gradients off: the model was in training mode",
+                modules=tuple(paths),
+                place=place,
+                fix="call model.eval() before this line, and model.train() before training goes on",
+                numbers={"layers": len(paths), "passes": passes},
+            )

@@ -1,0 +1,72 @@
+"""BN109: one value per channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from batchnorm.audit.call import Call
+from batchnorm.audit.finding import Finding, Severity
+from batchnorm.audit.place import calling_place
+from batchnorm.audit.rule import Rule
+
+__all__ = ["OneValuePerChannel"]
+
+
+class OneValuePerChannel(Rule):
+    """## What it finds
+
+    A batch norm layer that is asked to normalize a single value per channel: one sample with
+    one position, or a ghost slice of one.
+
+    ## Why it hurts
+
+    One value is its own mean. Its variance is 0, every output is β whatever the input was, and
+    an unbiased variance does not exist. PyTorch raises `Expected more than 1 value per channel
+    when training`, often hours into a run, when the last batch of an epoch has one sample left.
+
+    ## Example
+
+        loader = DataLoader(data, batch_size=32)        # 1,025 samples: the last batch is one
+        for x, y in loader:
+            model(x)                                    # raises in the last step of the epoch
+
+    ## Fix
+
+    `DataLoader(..., drop_last=True)`; larger batches; for batches of one by design, another
+    normalization (`torch.nn.GroupNorm`), or frozen statistics (`layer.freeze()`).
+
+    ## When it is fine
+
+    Never in training. In eval mode a layer with running statistics takes single samples.
+
+    ## Evidence
+
+    pytorch/pytorch#7716, pytorch/pytorch#4534, open-mmlab/mmsegmentation#272
+    """
+
+    code = "BN109"
+    name = "one value per channel"
+    looks_at = "a training run"
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, tuple[int, ...]], str | None] = {}
+
+    def before(self, call: Call) -> None:
+        """Look at the shape before PyTorch's own error ends the run."""
+        if call.smallest_slice == 1 and call.normalizes_with_batch and call.input is not None:
+            key = (call.path, tuple(call.input.shape))
+            if key not in self._seen:
+                self._seen[key] = calling_place()
+
+    def findings(self) -> Iterator[Finding]:
+        """One for each layer and shape."""
+        for (path, shape), place in self._seen.items():
+            yield Finding(
+                self.code,
+                Severity.ERROR,
+                f"an input of shape {shape} leaves one value per channel, which has no variance",
+                modules=(path,),
+                place=place,
+                fix="DataLoader(..., drop_last=True), larger batches, or layer.freeze()",
+                numbers={"values_per_channel": 1},
+            )

@@ -1,0 +1,109 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+
+from batchnorm.audit import RULES, find_rule, run_script
+from batchnorm.cli.files import example, write_atomically
+from batchnorm.report import print_report, to_json
+
+__all__ = ["app"]
+
+BAD_INPUT = 2
+
+app = typer.Typer(
+    help="Batch normalization, watched.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    script: Annotated[Path, typer.Argument(help="A training script; it runs unchanged.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="The script's own.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the findings here as JSON.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 where there are warnings or errors.")
+    ] = False,
+) -> None:
+    """Run a training script and report what its batch norm layers did.
+
+    The script's output, exceptions and exit status stay its own; the report goes to standard
+    error when it has ended. Options stand before SCRIPT; what follows it belongs to the script.
+    """
+    if not script.is_file():
+        _refuse(f"no script at {script}; give the path of a Python file")
+    if output is not None and not output.parent.is_dir():
+        _refuse(f"no directory {output.parent} to write {output.name} into; create it first")
+    status, report = run_script(script, arguments or [])
+    sys.stdout.flush()
+    print_report(report, Console(stderr=True))
+    if output is not None:
+        write_atomically(output, to_json(report))
+    if strict and status == 0 and not report.is_clean:
+        status = 1
+    raise typer.Exit(status)
+
+
+@app.command()
+def demo(
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each run.")] = 12,
+) -> None:
+    """Train a residual network on handwritten digits, watched; then with the classic mistake."""
+    script = example("digits.py")
+    console = Console()
+    for mistake in ([], ["--forget-eval"]):
+        words = ["run", _relative(script), "--epochs", str(epochs), *mistake]
+        console.rule(f"batchnorm {' '.join(words)}", align="left")
+        # each in a process of its own, as somebody would type it
+        command = [sys.executable, "-m", "batchnorm", *words]
+        status = subprocess.run(command, check=False).returncode  # noqa: S603
+        console.print()
+        if status != 0:
+            raise typer.Exit(status)
+
+
+@app.command()
+def rules(
+    code: Annotated[str | None, typer.Argument(help="A rule, such as BN108.")] = None,
+) -> None:
+    """List the rules, or show one rule's page."""
+    console = Console()
+    if code is not None:
+        try:
+            page = find_rule(code).page()
+        except KeyError as error:
+            _refuse(error.args[0])
+        console.print(Markdown(page))
+        return
+    table = Table("code", "finds", "looks at", box=None)
+    for rule in RULES:
+        table.add_row(rule.code, rule.name, rule.looks_at)
+    console.print(table)
+
+
+def _refuse(reason: str) -> NoReturn:
+    """One clear line, and the exit status of bad input."""
+    typer.echo(f"batchnorm: {reason}", err=True)
+    raise typer.Exit(BAD_INPUT)
+
+
+def _relative(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
