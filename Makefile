@@ -25,7 +25,8 @@ check: .venv/installed  ## Lint, types, and the floors' imports.
 	$(BIN)/lint-imports
 
 test: check  ## All checks and tests.
-	$(BIN)/pytest --numprocesses auto
+	$(BIN)/pytest --numprocesses auto -m "not as_installed" --jaxtyping-packages=batchnorm,beartype.beartype
+	$(BIN)/pytest --numprocesses auto -m as_installed
 
 format:  .venv/installed  ## Put the code into its form.
 	$(BIN)/ruff check --fix .

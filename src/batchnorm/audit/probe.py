@@ -17,7 +17,6 @@ from torch.nn.modules.module import (
 )
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
-from typing_extensions import Self
 
 from batchnorm.audit.call import Call, TorchBatchNorm
 from batchnorm.audit.finding import Finding, Report
@@ -49,7 +48,7 @@ class Probe:
         self._calls = 0
         self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Probe:
         self._handles = [
             register_module_forward_pre_hook(self._before),
             register_module_forward_hook(self._after),

@@ -8,7 +8,7 @@ in a group, c channels, any positions *p, in any strides. Statistics are (g, c).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -70,6 +70,7 @@ class Gradients(NamedTuple):
     bias: Tensor | None  # (c,)
 
 
+@runtime_checkable
 class Backend(Protocol):
     """One file with these functions is a backend; see `batchnorm.kernels.reference`."""
 

@@ -2,11 +2,13 @@
 
 Differentiable any number of times, and the definition that the other backends agree with.
 Sums run over chunks cut by shape, in float64, so that their error does not grow with n and
-their bits do not depend on the number of threads.
+their bits do not depend on the number of threads. (The activations are PyTorch's: the last bit
+of an exp or tanh depends on whether it fell into a vector or into a thread's scalar rest.)
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -54,6 +56,7 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
 
 def apply(x: Tensor, coefficients: Coefficients, epilogue: Epilogue) -> Tensor:
     """y = act((x − center)·scale + shift + residual), 0 where masked."""
+    x, epilogue = _cleaned(x, epilogue)
     y = epilogue.act(_before_activation(x, coefficients, epilogue))
     if epilogue.mask is not None:
         y = y.where(epilogue.mask, 0)
@@ -64,6 +67,7 @@ def backward_reduce(
     dy: Tensor, x: Tensor, coefficients: Coefficients, epilogue: Epilogue
 ) -> tuple[Tensor, Tensor]:
     """Σg and Σg·(x − center): (g, c) each."""
+    x, epilogue = _cleaned(x, epilogue)
     g = _through_activation(dy, x, coefficients, epilogue)
     return _sums(g, x, coefficients.center)
 
@@ -77,6 +81,7 @@ def backward_apply(
     offset: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """dx = g·scale + (x − center)·slope + offset, and g."""
+    x, epilogue = _cleaned(x, epilogue)
     g = _through_activation(dy, x, coefficients, epilogue)
     return _input_gradient(g, x, coefficients, epilogue, slope, offset), g
 
@@ -105,6 +110,7 @@ def backward(
     dx = s·(g − Σg/n − (x − mean)·Σg(x − mean)/(n·(var + ε))),  s = γ/√(var + ε);
     dx = s·g where the moments are constants (Ioffe & Szegedy 2015, section 3).
     """
+    x, epilogue = _cleaned(x, epilogue)
     coefficients = coefficients_of(x, moments, weight, bias, eps)
     g = _through_activation(dy, x, coefficients, epilogue)
     total, projection = _sums(g, x, coefficients.center)
@@ -152,6 +158,15 @@ def _output_dtype(x: Tensor, epilogue: Epilogue) -> torch.dtype:
 def _reduced(x: Tensor) -> tuple[int, ...]:
     """Every dimension but the groups and the channels."""
     return (1, *range(3, x.ndim))
+
+
+def _cleaned(x: Tensor, epilogue: Epilogue) -> tuple[Tensor, Epilogue]:
+    """Zeros under the mask: 0 · NaN would be no zero gradient."""
+    mask, residual = epilogue.mask, epilogue.residual
+    if mask is None:
+        return x, epilogue
+    residual = None if residual is None else residual.where(mask, 0)
+    return x.where(mask, 0), dataclasses.replace(epilogue, residual=residual)
 
 
 def _before_activation(x: Tensor, coefficients: Coefficients, epilogue: Epilogue) -> Tensor:

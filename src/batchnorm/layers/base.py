@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from typing_extensions import Self
 
 from batchnorm.kernels import IDENTITY, Activation
 from batchnorm.moments import Moments
 from batchnorm.statistics import Batch, Running, RunningStatistics, Statistics
 
 __all__ = ["BatchNorm", "checked_statistics"]
+
+_Layer = TypeVar("_Layer", bound="BatchNorm")
 
 _WIDE_BUFFERS = ("running_mean", "running_var")
 
@@ -111,7 +112,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             self._track(moments, input)
         return y
 
-    def freeze(self) -> Self:
+    def freeze(self: _Layer) -> _Layer:
         """Use the running statistics from now on, in training too, and stop learning γ and β.
 
         Unlike `eval()`, it survives `model.train()`. Returns the layer; see `unfreeze`.
@@ -126,7 +127,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             self.requires_grad_(False)
         return self
 
-    def unfreeze(self) -> Self:
+    def unfreeze(self: _Layer) -> _Layer:
         """Undo `freeze`: the former policy, and γ and β learn where they did before."""
         if self._thawed is not None:
             self.statistics, grads = self._thawed
@@ -205,7 +206,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             if _is_narrow(buffer):
                 setattr(self, name, buffer.float())
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self: _Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
         before = {name: getattr(self, name) for name in _WIDE_BUFFERS}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():

@@ -1,0 +1,21 @@
+"""What every test has: seeded random numbers, two threads, and hypothesis without clocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+# derandomized: a test that fails fails for everybody; no deadline: machines are shared
+settings.register_profile(
+    "tests", derandomize=True, deadline=None, database=None, print_blob=False, max_examples=60
+)
+settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
