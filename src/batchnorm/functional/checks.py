@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_input"]
+__all__ = ["check_input", "is_traced"]
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace is recording: sizes are tensors then, and were checked before."""
+    return torch._C._get_tracing_state() is not None
 
 
 def check_input(
@@ -17,6 +22,8 @@ def check_input(
     **channelwise: Tensor | None,
 ) -> None:
     """Raise unless x is floating point of (n, c, *positions) and everything else fits it."""
+    if is_traced():
+        return
     if not x.is_floating_point():
         raise TypeError(
             f"batch_norm needs a floating point input, got {x.dtype}; convert it first, "

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchnorm.functional.checks import is_traced
 from batchnorm.functional.operation import epilogue_of, grouped
 from batchnorm.kernels import Activation, reference
 from batchnorm.moments import Moments
@@ -24,7 +25,7 @@ def is_asked_for() -> bool:
     return (
         torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+        or is_traced()
     )
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from batchnorm.functional import is_traced
 from batchnorm.kernels import IDENTITY, Activation
 from batchnorm.moments import Moments
 from batchnorm.statistics import Batch, Running, RunningStatistics, Statistics
@@ -95,9 +96,10 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         fit, for eps ≤ 0 in training, and where training leaves one value per channel.
         """
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        self._check_channels(input)
         policy = self._policy()
-        self._check_has_variance(input, policy)
+        if not is_traced():
+            self._check_channels(input)
+            self._check_has_variance(input, policy)
         y, moments = policy.normalize(
             input,
             self.weight,
@@ -165,18 +167,20 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             return
         with torch.no_grad():
             # a whole batch counts or none of it does, as a gradient scaler skips a whole step
-            mean, var = moments.mean, moments.var(unbiased=True)
+            # finite in the buffers' own dtype, which is narrower than the moments'
+            mean = moments.mean.to(running.mean.dtype)
+            var = moments.var(unbiased=True).to(running.var.dtype)
             usable = (mean.isfinite() & var.isfinite()).all()
             counted = torch.ones_like(usable) if input.numel() == 0 else usable
             try:
                 running.batches.add_(counted)
             except RuntimeError as error:
                 raise _explained(error, self) from error
-            share: float | Tensor = (
-                1 / running.batches.clamp(min=1) if self.momentum is None else self.momentum
-            )
+            share: float | Tensor | None = self.momentum
+            if share is None:  # the plain average of all batches
+                share = 1 / running.batches.clamp(min=1).to(mean.dtype)
             for statistic, new in ((running.mean, mean), (running.var, var)):
-                moved = torch.lerp(statistic, new.to(statistic.dtype), share)
+                moved = torch.lerp(statistic, new, share)
                 statistic.copy_(torch.where(usable, moved, statistic))
 
     def _check_channels(self, input: Tensor) -> None:

@@ -38,6 +38,7 @@ class _Lazy(nn.modules.batchnorm._LazyNormBase, BatchNorm):
     def initialize_parameters(self, input: Tensor, **_: Tensor | None) -> None:
         """Take num_features from dimension 1 of the first input."""
         super().initialize_parameters(input)
+        self.num_features = input.shape[1]  # torch's leaves 0 where a state_dict came first
         self._keep_statistics_wide()
 
 
