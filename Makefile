@@ -33,7 +33,8 @@ format:  .venv/installed  ## Put the code into its form.
 	$(BIN)/ruff format .
 
 bench: .venv/installed  ## Run the benchmarks; nothing else should run meanwhile.
-	$(BIN)/python benchmarks/watching.py
+	$(BIN)/python benchmarks/layers.py --output benchmarks/layers.md
+	$(BIN)/python benchmarks/watching.py --output benchmarks/watching.md
 
 clean:  ## Remove what was installed and cached.
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

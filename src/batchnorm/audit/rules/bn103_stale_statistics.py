@@ -85,7 +85,8 @@ class StaleStatistics(Rule):
 
     ## Example
 
-        BatchNorm2d(64, momentum=0.001)     # 500 steps later the variance is still 0.6 · 1 + …
+        BatchNorm2d(64, momentum=0.001)
+        # after 500 steps 0.999⁵⁰⁰ = 61 % of the running variance is still the 1 it began with
 
     A momentum in another framework's sense (0.99 for 0.01 or the reverse), a run of few steps,
     a learning rate at which weights outrun the average, and weights that were averaged or loaded

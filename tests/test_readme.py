@@ -1,0 +1,56 @@
+"""What the README shows is what happens."""
+
+import contextlib
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from batchnorm.cli.app import app
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_there_are_examples():
+    assert len(BLOCKS) == 2
+
+
+@pytest.mark.parametrize(("code", "printed"), BLOCKS)
+def test_examples_print_what_stands_below_them(code, printed):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(code, {})  # noqa: S102 - the README's own code
+    assert out.getvalue() == printed
+
+
+def test_the_rules_are_the_list_shown():
+    shown = re.search(r"\$ batchnorm rules\n\n```text\n(.*?)```", README, flags=re.DOTALL)
+    result = CliRunner().invoke(app, ["rules"], env={"COLUMNS": "100"})
+    assert [line.split() for line in result.output.splitlines()] == [
+        line.split() for line in shown[1].splitlines()
+    ]
+
+
+def test_the_report_is_the_one_shown():
+    shown = re.search(r"(BN108 warning: .*?)```", README, flags=re.DOTALL)[1]
+    shown = shown.replace("72 forward passes", "6 forward passes")  # one epoch, not twelve
+    command = ["run", "examples/digits.py", "--epochs", "1", "--forget-eval"]
+    result = subprocess.run(
+        [sys.executable, "-m", "batchnorm", *command],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert shown.strip() in result.stderr
+
+
+def test_links_lead_to_files():
+    root = Path(__file__).parents[1]
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (root / target).exists(), target
