@@ -206,6 +206,111 @@ def test_meta_device_and_to_empty():
     assert layer.running_var.dtype == torch.float32
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("statistics", [Batch(), Ghost(2), Ghost(3), Running()], ids=repr)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("behind", ["relu", "add", "dropout"])
+def test_what_follows_may_work_in_place(training, statistics, layout, behind):
+    """ReLU(inplace=True), `out += identity`: what most networks have behind a batch norm."""
+    layer = BatchNorm2d(3, statistics=statistics).train(training)
+    x = torch.randn(8, 3, 4, 5).to(memory_format=layout).requires_grad_()
+    gradients = []
+    for in_place in (True, False):
+        copied = copy.deepcopy(layer)
+        y = copied(x)
+        torch.manual_seed(1)
+        if behind == "relu":
+            y = nn.ReLU(inplace=in_place)(y)
+        elif behind == "dropout":
+            y = nn.Dropout(inplace=in_place)(y)
+        elif in_place:
+            y += x
+        else:
+            y = y + x
+        gradients.append(torch.autograd.grad(y.square().sum(), x)[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_an_eval_pass_may_be_differentiated_after_the_statistics_moved():
+    layer = BatchNorm1d(3).eval()
+    x = torch.randn(8, 3, requires_grad=True)
+    y = layer(x)
+    layer.train()(torch.randn(8, 3) * 9)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(dx, torch.full((8, 3), (1 + 1e-5) ** -0.5))
+
+
+def test_the_counter_is_counted_in_place():
+    layer = BatchNorm1d(3)
+    counter = layer.num_batches_tracked
+    layer(torch.randn(4, 3))
+    assert layer.num_batches_tracked is counter
+    assert counter.item() == 1
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_layer_may_be_without_its_counter(momentum):
+    results = []
+    for norm in (nn.BatchNorm1d, BatchNorm1d):
+        layer = norm(3, momentum=momentum)
+        layer.num_batches_tracked = None
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+        y = layer(x)
+        results.append((y, layer.running_var, layer.eval()(x)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_channels_are_those_of_the_tensors_not_of_num_features():
+    """Pruning slices the tensors and leaves the attribute; torch.nn never looks at it."""
+    for norm in (nn.BatchNorm1d, BatchNorm1d):
+        layer = norm(4)
+        layer.weight, layer.bias = (nn.Parameter(p[:3]) for p in (layer.weight, layer.bias))
+        layer.running_mean, layer.running_var = layer.running_mean[:3], layer.running_var[:3]
+        assert layer(torch.randn(5, 3)).shape == (5, 3)
+        assert norm(1, affine=False, track_running_stats=False)(torch.randn(5, 3)).shape == (5, 3)
+
+
+@pytest.mark.parametrize("policy", [Batch(), Ghost(2), Renorm(2.0, 1.0), Running()], ids=repr)
+@pytest.mark.parametrize("act", [None, "relu", "gelu"])
+def test_gamma_zero_is_legal_for_every_policy_and_twice_differentiable(policy, act):
+    layer = BatchNorm1d(2, statistics=policy, act=act).double()
+    nn.init.zeros_(layer.weight)
+    nn.init.constant_(layer.bias, 0.5)
+    x = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    assert torch.all(dx == 0)
+    (second,) = torch.autograd.grad(dx.sum(), layer.weight)
+    assert second.isfinite().all()
+    assert torch.all(y == y[0])
+
+
+def test_the_running_variance_is_not_debiased():
+    """One step from 1 towards 0.9 is 0.99, not a first estimate scaled up to 99.9."""
+    x = torch.tensor([[-1.0], [1.0], [0.0]]) * 0.9**0.5
+    layer = BatchNorm1d(1)
+    layer(x)
+    assert layer.running_var.item() == pytest.approx(0.9 * 1 + 0.1 * 0.9)
+
+
+def test_values_near_1e30_are_normalized_with_gradients():
+    x = (torch.randn(16, 3) * 1e30).requires_grad_()
+    dy = torch.randn(16, 3)
+    y = BatchNorm1d(3)(x)
+    want = oracle.batch_norm(x.detach(), dy)
+    np.testing.assert_allclose(y.detach(), want.y, atol=1e-5)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    np.testing.assert_allclose(dx, want.dx, rtol=1e-4, atol=1e-35)
+
+
+def test_a_policy_set_later_is_checked_when_it_is_used():
+    layer = BatchNorm1d(3, track_running_stats=False)
+    layer.statistics = Running()
+    with pytest.raises(ValueError, match="this layer has none"):
+        layer(torch.randn(4, 3))
+
+
 BAD = [
     (ValueError, r"BatchNorm2d\(3\) expects 3 channels in dimension 1, got .*\(2, 4, 5, 5\)",
      lambda: BatchNorm2d(3)(torch.randn(2, 4, 5, 5))),

@@ -132,6 +132,32 @@ def test_export_in_eval_is_conv_batch_norm_relu():
     torch.testing.assert_close(program.module()(x), model(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_other_precisions_in_eval_go_through_the_same_doors(dtype):
+    layer = BatchNorm2d(3, act="relu").to(dtype).eval()
+    layer.running_mean.normal_()
+    x = torch.randn(2, 3, 4, 4).to(dtype)
+    want = layer(x)
+    near = {"rtol": 2 * torch.finfo(dtype).eps, "atol": torch.finfo(dtype).eps}
+    got = [
+        torch.export.export(layer, (x,)).module()(x),
+        torch.jit.trace(layer, x)(x),
+        torch.vmap(layer)(x.unsqueeze(0)).squeeze(0),
+    ]
+    for y in got:
+        assert y.dtype == dtype
+        torch.testing.assert_close(y, want, **near)
+    gradient = torch.func.grad(lambda x: layer(x).double().sum())(x)
+    torch.testing.assert_close(gradient, (want > 0).to(dtype) * (1 + 1e-5) ** -0.5, **near)
+
+
+def test_vmap_over_mixed_precision_as_autocast_makes_it():
+    layer = BatchNorm2d(3).eval()
+    x = torch.randn(2, 4, 3, 5, 5).bfloat16()
+    torch.testing.assert_close(torch.vmap(layer)(x), torch.stack([layer(s) for s in x]))
+
+
 @pytest.mark.parametrize("dynamo", [True, False])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_onnx_export_in_eval(dynamo, tmp_path):
@@ -171,9 +197,7 @@ def test_functional_transforms_in_eval_and_clear_errors_in_training():
         (torch.vmap(layer), x),
         (torch.func.grad(lambda s: layer(s).sum()), x[0]),
     ):
-        with pytest.raises(
-            RuntimeError, match=r"running statistics in place.*eval\(\)"
-        ):
+        with pytest.raises(RuntimeError, match=r"running statistics in place.*eval\(\)"):
             transformed(inputs)
         assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
 

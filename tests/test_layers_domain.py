@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from batchnorm import BatchNorm1d, BatchNorm2d, DomainBatchNorm, domain
+from batchnorm import BatchNorm1d, BatchNorm2d, DomainBatchNorm, LazyBatchNorm1d, domain
 
 
 def norm(**options):
@@ -84,6 +84,18 @@ def test_state_dict_round_trip():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("separate", [False, True])
+def test_freezing_all_domains_and_back(separate):
+    layer = norm(separate_affine=separate)
+    assert layer.freeze() is layer
+    layer.train()(torch.randn(1, 3), domain="clean")
+    assert not any(p.requires_grad for p in layer.parameters())
+    layer.unfreeze()
+    assert all(p.requires_grad for p in layer.parameters())
+    layer(torch.randn(8, 3), domain="clean")
+    assert layer.layers["clean"].num_batches_tracked.item() == 1
+
+
 @pytest.mark.as_installed
 def test_bad_input():
     layer = norm()
@@ -95,6 +107,11 @@ def test_bad_input():
         DomainBatchNorm(BatchNorm1d(3), ["a", "a"])
     with pytest.raises(ValueError, match="without a dot"):
         DomainBatchNorm(BatchNorm1d(3), ["v1.0"])
+    for taken in ("clear", "training"):
+        with pytest.raises(ValueError, match="no attribute of a module"):
+            DomainBatchNorm(BatchNorm1d(3), [taken])
+    with pytest.raises(TypeError, match="got LazyBatchNorm1d"):
+        DomainBatchNorm(LazyBatchNorm1d(), ["a"])
     with pytest.raises(TypeError, match="got BatchNorm1d"):
         DomainBatchNorm(torch.nn.BatchNorm1d(3), ["a"])
 

@@ -54,6 +54,12 @@ def test_loading_a_state_dict_materializes():
     torch.testing.assert_close(layer(x), source.eval()(x))
 
 
+def test_arguments_by_position():
+    layer = batchnorm.LazyBatchNorm1d(1e-3, 0.3, True, True, "cpu", torch.float64)
+    assert (layer.eps, layer.momentum) == (1e-3, 0.3)
+    assert layer(input=torch.randn(4, 3).double()).dtype == torch.float64
+
+
 @pytest.mark.as_installed
 def test_bad_arguments_are_refused_at_once():
     with pytest.raises(ValueError, match="act must be one of"):

@@ -154,3 +154,13 @@ def test_detach_cuts_the_graph():
     m = of(torch.randn(4, 2, requires_grad=True)).detach()
     assert not m.mean.requires_grad
     assert not m.m2.requires_grad
+
+
+def test_no_dimensions_to_sum_over_are_refused():
+    with pytest.raises(ValueError, match="name at least one dimension"):
+        Moments.of(torch.arange(3.0), ())
+
+
+def test_a_constant_is_a_mean_and_a_variance():
+    known = Moments.constant(torch.tensor([1.0]), torch.tensor([4.0]))
+    assert (known.count.item(), known.mean.item(), known.var().item()) == (1, 1.0, 4.0)

@@ -57,9 +57,13 @@ class Moments:
 
         - `mask`: broadcasts to `x`; only elements where it is true are counted.
         - `dtype`: of the sums and of the result; float64 for float64 `x`, else float32.
+
+        Raises `ValueError` where `dims` names no dimension: nothing would be summed.
         """
         dtype = dtype or torch.promote_types(x.dtype, torch.float32)
         dims = (dims,) if isinstance(dims, int) else tuple(dims)
+        if not dims:
+            raise ValueError("Moments.of sums over dims, got none; name at least one dimension")
         rounds = dtype.itemsize <= x.dtype.itemsize
         x = x.to(dtype)
         if mask is None:
@@ -79,6 +83,11 @@ class Moments:
             rest = deviation.sum(dims, keepdim=True) / n
             mean, m2 = mean + rest, (m2 - rest.square() * n).clamp(min=0)
         return cls(count.expand(mean.shape).squeeze(dims), mean.squeeze(dims), m2.squeeze(dims))
+
+    @classmethod
+    def constant(cls, mean: Float[Tensor, "*shape"], var: Float[Tensor, "*shape"]) -> Moments:
+        """A mean and a variance that are known, as the moments of one observation."""
+        return cls(torch.ones_like(mean, dtype=torch.int64), mean, var)
 
     @classmethod
     def merge(cls, many: Iterable[Moments]) -> Moments:

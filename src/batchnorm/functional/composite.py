@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchnorm.functional.checks import is_traced
 from batchnorm.functional.operation import epilogue_of, grouped
-from batchnorm.kernels import Activation, reference
+from batchnorm.kernels import Activation, compute_dtype, reference
 from batchnorm.moments import Moments
 
 __all__ = ["batch_norm", "is_asked_for", "moments", "normalize"]
@@ -63,9 +63,26 @@ def normalize(
     act: Activation,
 ) -> Tensor:
     """y normalized by constants, in the one operation that exporters and folding tools know."""
-    if x.dtype == torch.float64:  # PyTorch's takes no narrower statistics beside it
-        mean, var = mean.double(), var.double()
-        weight, bias = (None if t is None else t.double() for t in (weight, bias))
-    y = F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
-    y = act(y if residual is None else y + residual)
-    return y if mask is None else y.where(mask.unsqueeze(1), 0)
+    # the operation wants one dtype for all, and half precision is computed in float32
+    wide = compute_dtype(x)
+    y = F.batch_norm(
+        _as(x, wide),
+        _as(mean, wide),
+        _as(var, wide),
+        None if weight is None else _as(weight, wide),
+        None if bias is None else _as(bias, wide),
+        eps=eps,
+    )
+    dtype = x.dtype
+    if residual is not None:
+        dtype = torch.promote_types(dtype, residual.dtype)
+        y = y + residual
+    y = act(y)
+    if mask is not None:
+        y = y.where(mask.unsqueeze(1), 0)
+    return _as(y, dtype)
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast where that changes something: an exported graph shows every cast."""
+    return x if x.dtype == dtype else x.to(dtype)

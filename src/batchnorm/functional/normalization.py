@@ -121,7 +121,9 @@ def normalize(
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     if composite.is_asked_for():
         return composite.normalize(x, mean, var, weight, bias, residual, mask, eps, activation)
-    constants = Moments(torch.ones_like(mean, dtype=torch.int64), mean, var)  # m2 / 1 = var
+    if torch.is_grad_enabled():  # a backward may come after the next update of these buffers
+        mean, var = mean.clone(), var.clone()
+    constants = Moments.constant(mean, var)
     y: Tensor
     y, *_ = torch.ops.batchnorm.batch_norm(
         x, residual, mask, weight, bias, *_grouped(constants.detach(), 1), True, 1, eps,

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import Activation, Epilogue, accumulator, backend_for, reference
+from batchnorm.kernels import (
+    Activation,
+    Epilogue,
+    accumulator,
+    backend_for,
+    coefficients_of,
+    reference,
+)
 from batchnorm.moments import Moments
 
 __all__ = ["batch_norm", "batch_norm_backward", "epilogue_of", "grouped", "moments"]
@@ -41,9 +48,17 @@ def epilogue_of(
 
 
 def _laid_out_like(x: Tensor, y: Tensor) -> Tensor:
-    """y in the strides that the fakes promise: those of `torch.empty_like(x)`."""
+    """y (groups, n / groups, …) as x's shape, in the strides that `torch.empty_like(x)` has.
+
+    Those are what the fakes promise. The result is no view of y: autograd forbids to modify a
+    view in place that an operation returned, and people put `ReLU(inplace=True)` behind a norm.
+    """
     out = torch.empty_like(x, dtype=y.dtype)
-    return y if y.stride() == out.stride() else out.copy_(y)
+    y = y.flatten(0, 1)
+    if y.stride() != out.stride():
+        return out.copy_(y)
+    flat: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return flat
 
 
 @torch.library.custom_op(
@@ -91,10 +106,10 @@ def batch_norm(
     backend = backend_for(view, epilogue)
     if count is None or mean is None or m2 is None:
         y, batch = backend.forward(view, weight, bias, eps, epilogue)
-        return _laid_out_like(x, y.flatten(0, 1)), batch.count.contiguous(), batch.mean, batch.m2
+        return _laid_out_like(x, y), batch.count.contiguous(), batch.mean, batch.m2
     given = Moments(count, mean, m2)
-    y = backend.apply(view, reference.coefficients_of(view, given, weight, bias, eps), epilogue)
-    return _laid_out_like(x, y.flatten(0, 1)), x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    y = backend.apply(view, coefficients_of(view, given, weight, bias, eps), epilogue)
+    return _laid_out_like(x, y), x.new_empty(0), x.new_empty(0), x.new_empty(0)
 
 
 @batch_norm.register_fake
@@ -154,10 +169,10 @@ def batch_norm_backward(
     )
     d_residual = gradients.residual
     return (
-        _laid_out_like(x, gradients.x.flatten(0, 1)),
+        _laid_out_like(x, gradients.x),
         x.new_empty(0)
         if residual is None or d_residual is None
-        else _laid_out_like(residual, d_residual.flatten(0, 1)),
+        else _laid_out_like(residual, d_residual),
         x.new_empty(0) if gradients.weight is None else gradients.weight,
         x.new_empty(0) if gradients.bias is None else gradients.bias,
     )

@@ -14,6 +14,8 @@ from batchnorm.kernels.contract import (
     Epilogue,
     Gradients,
     accumulator,
+    coefficients_of,
+    compute_dtype,
 )
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "Gradients",
     "accumulator",
     "backend_for",
+    "coefficients_of",
+    "compute_dtype",
 ]
 
 BACKENDS: list[Backend] = [cast("Backend", reference)]

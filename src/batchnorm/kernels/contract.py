@@ -16,7 +16,17 @@ from torch import Tensor
 from batchnorm.kernels.activation import IDENTITY, Activation
 from batchnorm.moments import Moments
 
-__all__ = ["Backend", "Coefficients", "Epilogue", "Gradients", "accumulator", "per_channel"]
+__all__ = [
+    "Backend",
+    "Coefficients",
+    "Epilogue",
+    "Gradients",
+    "accumulator",
+    "biased",
+    "coefficients_of",
+    "compute_dtype",
+    "per_channel",
+]
 
 
 class Coefficients(NamedTuple):
@@ -97,7 +107,10 @@ class Backend(Protocol):
         slope: Tensor,
         offset: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """dx = g·scale + (x − center)·slope + offset, and g, which is the residual's gradient."""
+        """dx = scale·(g + (x − center)·slope + offset), and g, which is the residual's gradient.
+
+        The scale stands outside: where it is 1e-30 its product with the slope would be 0.
+        """
 
     def forward(
         self,
@@ -133,3 +146,21 @@ def per_channel(statistic: Tensor, x: Tensor) -> Tensor:
     """A (g, c) statistic, shaped to broadcast against x (g, n, c, *p)."""
     groups, channels = statistic.shape
     return statistic.reshape(groups, 1, channels, *(1,) * (x.ndim - 3))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of elementwise arithmetic on x: its own, but float32 for half precision."""
+    return x.dtype if x.dtype.itemsize >= 4 else torch.float32
+
+
+def biased(moments: Moments) -> Tensor:
+    """The variance m2 / n that normalizes; 0 for an empty set, whose outputs nobody reads."""
+    return moments.m2 / moments.count.clamp(min=1)
+
+
+def coefficients_of(
+    x: Tensor, moments: Moments, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Coefficients:
+    """The coefficients that standardize x (g, n, c, *p) with moments (g, c)."""
+    mean, var = (statistic.to(accumulator(x)) for statistic in (moments.mean, biased(moments)))
+    return Coefficients.of(mean, var, weight, bias, eps, compute_dtype(x))

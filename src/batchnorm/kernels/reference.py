@@ -19,6 +19,9 @@ from batchnorm.kernels.contract import (
     Epilogue,
     Gradients,
     accumulator,
+    biased,
+    coefficients_of,
+    compute_dtype,
     per_channel,
 )
 from batchnorm.moments import Moments
@@ -80,7 +83,7 @@ def backward_apply(
     slope: Tensor,
     offset: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """dx = g·scale + (x − center)·slope + offset, and g."""
+    """dx = scale·(g + (x − center)·slope + offset), and g."""
     x, epilogue = _cleaned(x, epilogue)
     g = _through_activation(dy, x, coefficients, epilogue)
     return _input_gradient(g, x, coefficients, epilogue, slope, offset), g
@@ -116,14 +119,13 @@ def backward(
     total, projection = _sums(g, x, coefficients.center)
     # the sums are about the rounded center; move them to the mean itself
     projection = projection + (coefficients.center - moments.mean) * total
-    inverse = torch.rsqrt(_biased(moments) + eps)
-    scale = inverse if weight is None else inverse * weight
+    inverse = torch.rsqrt(biased(moments) + eps)
     if frozen:
         slope = offset = torch.zeros_like(total)
     else:
         n = moments.count.clamp(min=1)
-        slope = -scale * inverse.square() * projection / n
-        offset = -scale * total / n + (coefficients.center - moments.mean) * slope
+        slope = -inverse.square() * projection / n
+        offset = -total / n + (coefficients.center - moments.mean) * slope
     dx = _input_gradient(g, x, coefficients, epilogue, slope, offset)
     return Gradients(
         dx,
@@ -131,23 +133,6 @@ def backward(
         None if weight is None else (projection * inverse).sum(0).to(weight.dtype),
         None if bias is None else total.sum(0).to(bias.dtype),
     )
-
-
-def coefficients_of(
-    x: Tensor, moments: Moments, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Coefficients:
-    """The coefficients that standardize with `moments`, in the dtype x is computed in."""
-    mean, var = (statistic.to(accumulator(x)) for statistic in (moments.mean, _biased(moments)))
-    return Coefficients.of(mean, var, weight, bias, eps, _compute_dtype(x))
-
-
-def _biased(moments: Moments) -> Tensor:
-    """m2 / n, and 0 for an empty set, whose outputs nobody reads."""
-    return moments.m2 / moments.count.clamp(min=1)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _output_dtype(x: Tensor, epilogue: Epilogue) -> torch.dtype:
@@ -180,7 +165,7 @@ def _through_activation(
     dy: Tensor, x: Tensor, coefficients: Coefficients, epilogue: Epilogue
 ) -> Tensor:
     """g = dy · act'(z), 0 where masked; z is computed again, not stored."""
-    g = dy.to(_compute_dtype(x))
+    g = dy.to(compute_dtype(x))
     if epilogue.mask is not None:
         g = g.where(epilogue.mask, 0)
     if epilogue.act.name == "identity":
@@ -209,11 +194,11 @@ def _input_gradient(
     slope: Tensor,
     offset: Tensor,
 ) -> Tensor:
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     center, scale, slope, offset = (
         per_channel(c.to(dtype), x) for c in (*coefficients[:2], slope, offset)
     )
-    dx = torch.addcmul(torch.addcmul(offset, x - center, slope), g, scale)
+    dx = torch.addcmul(g + offset, x - center, slope) * scale
     if epilogue.mask is not None:
         dx = dx.where(epilogue.mask, 0)
     return dx.to(x.dtype)

@@ -156,9 +156,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _running(self) -> RunningStatistics | None:
         mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
-        if mean is None or var is None or count is None:
-            return None
-        return RunningStatistics(mean, var, count)
+        return None if mean is None or var is None else RunningStatistics(mean, var, count)
 
     def _track(self, moments: Moments, input: Tensor) -> None:
         """Move the running statistics towards a batch's, without waiting for its values."""
@@ -171,25 +169,29 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             mean = moments.mean.to(running.mean.dtype)
             var = moments.var(unbiased=True).to(running.var.dtype)
             usable = (mean.isfinite() & var.isfinite()).all()
-            counted = torch.ones_like(usable) if input.numel() == 0 else usable
-            try:
-                running.batches.add_(counted)
-            except RuntimeError as error:
-                raise _explained(error, self) from error
+            if running.batches is not None:
+                try:
+                    running.batches.add_(usable if input.numel() else 1)
+                except RuntimeError as error:
+                    raise _explained(error, self) from error
             share: float | Tensor | None = self.momentum
-            if share is None:  # the plain average of all batches
+            if share is None and running.batches is not None:  # the plain average of all batches
                 share = 1 / running.batches.clamp(min=1).to(mean.dtype)
+            share = 0.0 if share is None else share
             for statistic, new in ((running.mean, mean), (running.var, var)):
                 moved = torch.lerp(statistic, new, share)
                 statistic.copy_(torch.where(usable, moved, statistic))
 
     def _check_channels(self, input: Tensor) -> None:
-        if input.shape[1] != self.num_features:
-            raise ValueError(
-                f"{type(self).__name__}({self.num_features}) expects {self.num_features} channels "
-                f"in dimension 1, got input of shape {tuple(input.shape)}; channels come second: "
-                "set num_features, or permute the input"
-            )
+        """As torch.nn, by the tensors there are and not by num_features, which pruning leaves."""
+        held = (self.weight, self.bias, self.running_mean, self.running_var)
+        for tensor in held:
+            if tensor is not None and tensor.shape[0] != input.shape[1]:
+                raise ValueError(
+                    f"{type(self).__name__}({self.num_features}) expects {tensor.shape[0]} "
+                    f"channels in dimension 1, got input of shape {tuple(input.shape)}; channels "
+                    "come second: set num_features, or permute the input"
+                )
 
     def _check_has_variance(self, input: Tensor, policy: Statistics) -> None:
         values = policy.smallest_slice(input.shape[0]) * input.shape[2:].numel()
@@ -233,10 +235,7 @@ def checked_statistics(statistics: Statistics | None, tracked: bool) -> Statisti
             f"statistics must be a policy such as Batch() or Ghost(32), got {statistics!r}"
         )
     if statistics.needs_running and not tracked:
-        raise ValueError(
-            f"{statistics} reads running statistics, and this layer has none; "
-            "construct it with track_running_stats=True"
-        )
+        statistics.required(None)
     return statistics
 
 
@@ -253,6 +252,8 @@ def _is_recomputation() -> bool:
 
 
 def _explained(error: RuntimeError, layer: BatchNorm) -> RuntimeError:
+    if not torch._C._are_functorch_transforms_active():
+        return error
     return RuntimeError(
         f"{type(layer).__name__} in training mode updates its running statistics in place, which "
         f"the transform around it cannot do ({str(error).splitlines()[0]}). Call eval() or "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm.layers.base import BatchNorm
 
@@ -34,8 +35,9 @@ def domain(name: str) -> Iterator[None]:
         logits = model(images)
     ```
 
-    It holds for the whole process. Where threads work on different domains at once, or a
-    checkpointed region is computed again after the block has ended, pass `domain=` instead.
+    It holds for the whole process. Where threads work on different domains at once, a
+    checkpointed region is computed again after the block has ended, or torch.compile, which
+    compiles once per name, reaches its limit of recompilations, pass `domain=` instead.
     """
     before = _route.domain
     _route.domain = name
@@ -72,17 +74,18 @@ class DomainBatchNorm(nn.Module):
         self, layer: BatchNorm, domains: Iterable[str], *, separate_affine: bool = False
     ) -> None:
         super().__init__()
-        if not isinstance(layer, BatchNorm):
+        if not isinstance(layer, BatchNorm) or isinstance(layer, LazyModuleMixin):
             raise TypeError(
-                "DomainBatchNorm copies a layer of this library, such as BatchNorm2d(64), got "
-                f"{type(layer).__name__}"
+                "DomainBatchNorm copies a layer of this library that knows its channels, such as "
+                f"BatchNorm2d(64), got {type(layer).__name__}"
             )
         names = list(domains)
-        unusable = [name for name in names if not name or "." in name]
+        unusable = [n for n in names if not n or "." in n or hasattr(nn.ModuleDict(), n)]
         if not names or len(set(names)) < len(names) or unusable:
             raise ValueError(
-                "domains must be at least one name, each once, not empty and without a dot, "
-                f"since they become keys of the state_dict; got {names}"
+                "domains must be at least one name, each once, not empty, without a dot and no "
+                "attribute of a module, since they become keys of the state_dict; "
+                f"got {names}"
             )
         self.separate_affine = separate_affine
         self.layers = nn.ModuleDict({name: copy.deepcopy(layer) for name in names})
@@ -112,6 +115,22 @@ class DomainBatchNorm(nn.Module):
         layer = self.layers[name]
         output: Tensor = layer(input, residual=residual, mask=mask)
         return output
+
+    def freeze(self) -> DomainBatchNorm:
+        """Freeze every domain's layer; see `BatchNorm.freeze`."""
+        for layer in self._ordered():
+            layer.freeze()
+        return self
+
+    def unfreeze(self) -> DomainBatchNorm:
+        """Undo `freeze`."""
+        # last frozen, first thawed: the first one noted what shared parameters had learned
+        for layer in reversed(self._ordered()):
+            layer.unfreeze()
+        return self
+
+    def _ordered(self) -> list[BatchNorm]:
+        return [layer for layer in self.layers.values() if isinstance(layer, BatchNorm)]
 
     def extra_repr(self) -> str:
         """What the domains share."""

@@ -20,7 +20,7 @@ class RunningStatistics(NamedTuple):
 
     mean: Float[Tensor, " c"]
     var: Float[Tensor, " c"]
-    batches: Int[Tensor, ""]
+    batches: Int[Tensor, ""] | None
 
 
 class Statistics(ABC):
@@ -44,6 +44,15 @@ class Statistics(ABC):
         **options: Unpack[Options],
     ) -> tuple[Float[Tensor, "n c *positions"], Moments | None]:
         """y, and the moments that the running statistics take up; None where they do not."""
+
+    def required(self, running: RunningStatistics | None) -> RunningStatistics:
+        """The running statistics, of a policy that cannot do without; `ValueError` for None."""
+        if running is None:
+            raise ValueError(
+                f"{self} reads running statistics, and this layer has none; "
+                "construct it with track_running_stats=True"
+            )
+        return running
 
     def smallest_slice(self, n: int) -> int:
         """Of n samples, how many share their statistics in the smallest slice; 0: nobody's."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from batchnorm.functional import Options, batch_norm, moments
+from batchnorm.kernels import compute_dtype
 from batchnorm.moments import Moments
 from batchnorm.statistics.policy import RunningStatistics, Statistics
 
@@ -55,7 +56,8 @@ class Renorm(Statistics):
       plain batch norm, with which training must start. The defaults are the paper's schedule
       (section 4); a run of fewer than 40,000 batches wants a shorter one.
 
-    The paper advises a small momentum (0.01) beside it.
+    The paper advises a small momentum (0.01) beside it. The running variance is PyTorch's, the
+    unbiased one, so r settles at √((n − 1)/n), not at 1.
     """
 
     r_max: float | Ramp = Ramp(1.0, 3.0, begin=5_000, end=40_000)
@@ -78,12 +80,12 @@ class Renorm(Statistics):
         **options: Unpack[Options],
     ) -> tuple[Tensor, Moments | None]:
         """Normalize by the batch's moments, then by r and d."""
-        assert running is not None, "a layer with Renorm() tracks statistics"
+        running = self.required(running)
         if x.numel() == 0:  # no moments, and nothing to correct
             return batch_norm(x, weight, bias, **options)
         batch = moments(x, mask=options.get("mask"))
         r, d = self.correction(batch, running, options.get("eps", 1e-5))
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = compute_dtype(x)
         r, d = r.to(dtype), d.to(dtype)
         scale = r if weight is None else weight * r
         shift = d if weight is None else weight * d
@@ -102,7 +104,11 @@ class Renorm(Statistics):
         return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
 
 
-def _value(limit: float | Ramp, batch: Tensor, like: Tensor) -> Tensor:
+def _value(limit: float | Ramp, batch: Tensor | None, like: Tensor) -> Tensor:
     if isinstance(limit, Ramp):
+        if batch is None:
+            raise ValueError(
+                f"{limit} follows num_batches_tracked, and this layer has none; use a number"
+            )
         return limit.at(batch).to(like.dtype)
     return torch.full((), limit, dtype=like.dtype, device=like.device)

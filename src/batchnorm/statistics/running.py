@@ -29,7 +29,7 @@ class Running(Statistics):
         **options: Unpack[Options],
     ) -> tuple[Tensor, Moments | None]:
         """Normalize by the running statistics, and leave them alone."""
-        assert running is not None, "a layer with Running() tracks statistics"
+        running = self.required(running)
         return normalize(x, running.mean, running.var, weight, bias, **options), None
 
     def smallest_slice(self, n: int) -> int:
