@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,18 +15,32 @@ __all__ = ["Call", "TorchBatchNorm"]
 TorchBatchNorm = nn.modules.batchnorm._BatchNorm
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
-    """A call of `layer`, known as `path` in its model.
+    """A call of `layer`, which is the probe's `number`th and lies at `path` in its model.
 
     - `input`: where it came by position; PyTorch shows global hooks nothing else.
     - `has_gradients`: whether autograd was recording.
+    - `notes`: what a rule puts down under its code before the pass, to read it after the pass.
     """
 
     layer: TorchBatchNorm
+    number: int
     path: str
     input: Tensor | None
     has_gradients: bool
+    notes: dict[str, Any] = field(default_factory=dict)
+    tracks: bool = field(init=False)
+    """Whether the layer moves its running statistics in this call."""
+
+    def __post_init__(self) -> None:
+        layer = self.layer
+        self.tracks = (
+            layer.training
+            and layer.track_running_stats
+            and layer.running_mean is not None
+            and not isinstance(self.policy, Running)
+        )
 
     @property
     def policy(self) -> Statistics | None:
@@ -40,27 +55,24 @@ class Call:
         return self.layer.running_mean is None and self.layer.running_var is None
 
     @property
-    def tracks(self) -> bool:
-        """Whether the layer moves its running statistics in this call."""
-        return (
-            self.layer.training
-            and self.layer.track_running_stats
-            and self.layer.running_mean is not None
-            and not isinstance(self.policy, Running)
-        )
-
-    @property
     def smallest_slice(self) -> int | None:
         """Values per channel in the smallest set that shares statistics."""
-        if self.input is None or self.input.ndim < 2:
+        x, policy = self.input, self.policy
+        if x is None or x.ndim < 2:
             return None
-        n = self.input.shape[0]
-        samples = n if self.policy is None else self.policy.smallest_slice(n)
-        return samples * self.input.shape[2:].numel()
+        in_slices = policy is not None and self.layer.training
+        samples = policy.smallest_slice(x.shape[0]) if policy and in_slices else x.shape[0]
+        return samples * x.shape[2:].numel()
 
-    @property
-    def statistics_version(self) -> int:
-        """A number that changes whenever the running mean is written; −1 without one."""
-        mean = self.layer.running_mean
-        # a tensor made in inference mode keeps no version
-        return -1 if mean is None or mean.is_inference() else mean._version
+    def running_statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Copies of the running mean and variance; None where there are none."""
+        mean, var = self.layer.running_mean, self.layer.running_var
+        return None if mean is None or var is None else (mean.clone(), var.clone())
+
+    def batches_version(self) -> int | None:
+        """A number that grows whenever the count of batches is written; None without one.
+
+        Every training pass writes it. (PyTorch's kernels move the running mean itself unseen.)
+        """
+        batches = self.layer.num_batches_tracked
+        return None if batches is None or batches.is_inference() else batches._version

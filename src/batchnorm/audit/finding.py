@@ -25,7 +25,7 @@ class Severity(str, Enum):
 class Finding:
     """One thing that is wrong, in one place.
 
-    - `code`: the rule's.
+    - `code`, `name`: the rule's code, and what it finds in a few words.
     - `message`: one line, with the numbers that were measured.
     - `modules`: paths of the layers concerned.
     - `place`: `file:line` in the user's code, where that is known.
@@ -40,6 +40,7 @@ class Finding:
     fix: str
     place: str | None = None
     numbers: dict[str, float] = field(default_factory=dict)
+    name: str = ""
 
 
 @dataclass(frozen=True)

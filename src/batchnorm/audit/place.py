@@ -9,28 +9,20 @@ from pathlib import Path
 from types import FrameType
 
 from torch import nn
+from torch.autograd.function import FunctionCtx
 
-__all__ = ["calling_place", "is_called_within", "module_path"]
+__all__ = ["calling_place", "displayed", "is_inside", "is_inside_autograd_function", "root_module"]
 
 _MODULE_CALL = nn.Module._call_impl.__code__
 
 
-def _frames() -> Iterator[FrameType]:
-    """The stack, innermost first."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def module_path(module: nn.Module) -> str:
-    """A module's path below the outermost module that is being called: `ResNet.layer1.0.bn2`."""
-    root: nn.Module = module
+def root_module() -> nn.Module | None:
+    """The outermost module that is being called."""
+    root: nn.Module | None = None
     for frame in _frames():
         if frame.f_code is _MODULE_CALL:
             root = frame.f_locals["self"]
-    modules = root.named_modules(prefix=type(root).__name__)
-    return next((name for name, candidate in modules if candidate is module), type(module).__name__)
+    return root
 
 
 def calling_place() -> str | None:
@@ -44,17 +36,44 @@ def calling_place() -> str | None:
     for frame in outside:
         filename = frame.f_code.co_filename
         if filename == script or not _is_library(filename):
-            return f"{_displayed(filename)}:{frame.f_lineno}"
+            return f"{displayed(Path(filename))}:{frame.f_lineno}"
     return None
 
 
-def is_called_within(names: frozenset[tuple[str, str]]) -> bool:
-    """Whether a function is on the stack, each named by its file's end and its own name."""
+def is_inside(functions: frozenset[tuple[str, str]]) -> bool:
+    """Whether one of these is on the stack, each given by its file's end and its own name."""
     return any(
         frame.f_code.co_name == name and frame.f_code.co_filename.endswith(file)
         for frame in _frames()
-        for file, name in names
+        for file, name in functions
     )
+
+
+def is_inside_autograd_function() -> bool:
+    """Whether an `autograd.Function` is computing its forward, which it does without gradients."""
+    for frame in _frames():
+        if frame.f_code.co_name == "forward" and frame.f_code.co_argcount:
+            first = frame.f_locals.get(frame.f_code.co_varnames[0])
+            if isinstance(first, FunctionCtx):
+                return True
+    return False
+
+
+def displayed(path: Path) -> str:
+    """A path as people read it: relative to the working directory where it lies below it."""
+    path = path.resolve()
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _frames() -> Iterator[FrameType]:
+    """The stack, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 @lru_cache(maxsize=4096)
@@ -70,12 +89,3 @@ def _is_library(filename: str) -> bool:
         or Path(nn.__file__).parents[1] in path.parents
         or Path(sys.base_prefix, "lib") in path.parents
     )
-
-
-def _displayed(filename: str) -> str:
-    """Relative to the working directory where it lies below it."""
-    path = Path(filename).resolve()
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

@@ -6,8 +6,12 @@ and what a rule raises is noted instead of passed on.
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from types import TracebackType
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -20,11 +24,13 @@ from torch.utils.hooks import RemovableHandle
 
 from batchnorm.audit.call import Call, TorchBatchNorm
 from batchnorm.audit.finding import Finding, Report
-from batchnorm.audit.place import module_path
+from batchnorm.audit.place import root_module
 from batchnorm.audit.rule import Rule
 from batchnorm.audit.rules import RULES
 
 __all__ = ["Probe"]
+
+_COMPILE_WARNING = "Using `torch.compile.module.` when there are global hooks"
 
 
 class Probe:
@@ -36,15 +42,18 @@ class Probe:
     probe.report().findings
     ```
 
-    `torch.nn`'s layers and this library's are watched alike. Models under torch.compile are not
-    seen: their hooks do not run.
+    `torch.nn`'s layers and this library's are watched alike. Compiled and traced models are left
+    alone, and not seen.
     """
 
     def __init__(self, rules: Iterable[type[Rule]] = RULES) -> None:
         self._rules = [rule() for rule in rules]
         self._active = list(self._rules)
         self._disabled: dict[str, str] = {}
-        self._paths: dict[TorchBatchNorm, str] = {}
+        self._watched: dict[int, _Watched] = {}  # by id; an entry goes when its layer does
+        self._models: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+        self._names: Counter[str] = Counter()
+        self._layers = 0
         self._calls = 0
         self._handles: list[RemovableHandle] = []
 
@@ -53,6 +62,8 @@ class Probe:
             register_module_forward_pre_hook(self._before),
             register_module_forward_hook(self._after),
         ]
+        # torch.compile warns of global hooks; the script's author did not put them there
+        warnings.filterwarnings("ignore", _COMPILE_WARNING)
         return self
 
     def __exit__(
@@ -63,6 +74,7 @@ class Probe:
     ) -> None:
         for handle in self._handles:
             handle.remove()
+        warnings.filters[:] = [f for f in warnings.filters if not _is_ours(f[1])]  # type: ignore[index]
 
     def report(self) -> Report:
         """What the rules found up to now, worst first."""
@@ -75,27 +87,40 @@ class Probe:
         findings.sort(key=lambda f: (f.severity.rank, f.code, f.modules))
         return Report(
             tuple(findings),
-            layers=len(self._paths),
+            layers=self._layers,
             calls=self._calls,
             rules=tuple(rule.code for rule in self._rules),
             disabled=dict(self._disabled),
         )
 
     def _before(self, module: nn.Module, inputs: object) -> None:
-        if isinstance(module, TorchBatchNorm) and not torch.compiler.is_compiling():
-            self._calls += 1
-            self._tell(Rule.before.__name__, module, inputs)
+        if not isinstance(module, TorchBatchNorm) or _is_traced():
+            return
+        watched = self._watched.get(id(module)) or self._watch(module)
+        if watched is None:
+            return
+        self._calls += 1
+        x = inputs[0] if isinstance(inputs, tuple) and inputs else None
+        call = watched.call = Call(
+            module,
+            watched.number,
+            watched.path,
+            x if isinstance(x, torch.Tensor) else None,
+            torch.is_grad_enabled(),
+        )
+        self._tell(Rule.before.__name__, call)
 
     def _after(self, module: nn.Module, inputs: object, output: object) -> None:
-        if isinstance(module, TorchBatchNorm) and not torch.compiler.is_compiling():
-            self._tell(Rule.after.__name__, module, inputs)
-
-    def _tell(self, moment: str, layer: TorchBatchNorm, inputs: object) -> None:
-        if any(is_lazy(t) for t in (layer.weight, layer.running_mean) if t is not None):
+        if not isinstance(module, TorchBatchNorm):
             return
-        x = inputs[0] if isinstance(inputs, tuple) and inputs else None
-        x = x if isinstance(x, torch.Tensor) else None
-        call = Call(layer, self._path(layer), x, has_gradients=torch.is_grad_enabled())
+        # only where the rules saw the beginning: a lazy layer comes into being in between
+        watched = self._watched.get(id(module))
+        if watched is None or watched.call is None:
+            return
+        call, watched.call = watched.call, None
+        self._tell(Rule.after.__name__, call)
+
+    def _tell(self, moment: str, call: Call) -> None:
         with torch.no_grad():
             for rule in tuple(self._active):
                 try:
@@ -103,12 +128,54 @@ class Probe:
                 except Exception as error:
                     self._disable(rule, error)
 
+    def _watch(self, layer: TorchBatchNorm) -> _Watched | None:
+        """Begin with a layer at its first call, unless it is a passing or an unborn one."""
+        lazy = any(is_lazy(t) for t in (layer.weight, layer.running_mean) if t is not None)
+        # nn.DataParallel makes new replicas at every step
+        if lazy or getattr(layer, "_is_replica", False):
+            return None
+        key = id(layer)
+        # weak: watching must not keep a model alive
+        reference = ref(layer, lambda _: self._watched.pop(key, None))
+        watched = self._watched[key] = _Watched(reference, self._layers, self._path(layer))
+        self._layers += 1
+        return watched
+
     def _path(self, layer: TorchBatchNorm) -> str:
-        path = self._paths.get(layer)
-        if path is None:
-            path = self._paths[layer] = module_path(layer)
-        return path
+        """`ResNet.layer1.0.bn2`; of a second model of the class, `ResNet#2.layer1.0.bn2`."""
+        root = root_module() or layer
+        if root not in self._models:
+            name = type(root).__name__
+            self._names[name] += 1
+            count = self._names[name]
+            self._models[root] = name if count == 1 else f"{name}#{count}"
+        modules = root.named_modules(prefix=self._models[root])
+        return next((name for name, m in modules if m is layer), type(layer).__name__)
 
     def _disable(self, rule: Rule, error: Exception) -> None:
-        self._active.remove(rule)
         self._disabled[rule.code] = f"{type(error).__name__}: {error}"
+        self._active = [r for r in self._active if r is not rule]
+
+
+@dataclass
+class _Watched:
+    """A layer's number and path, and the call of it that is under way."""
+
+    layer: ref[TorchBatchNorm]
+    number: int
+    path: str
+    call: Call | None = None
+
+
+def _is_traced() -> bool:
+    """Whether what runs becomes a graph or has no values: the rules would be seen in it."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, make_fx
+    )
+
+
+def _is_ours(pattern: object) -> bool:
+    return getattr(pattern, "pattern", pattern) == _COMPILE_WARNING

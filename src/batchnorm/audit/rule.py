@@ -33,7 +33,7 @@ class Rule(ABC):
     def before(self, call: Call) -> None:  # noqa: B027 - most rules look only once
         """See a call before the layer computes."""
 
-    def after(self, call: Call) -> None:  # noqa: B027
+    def after(self, call: Call) -> None:  # noqa: B027 - or not at all
         """See a call after the layer has computed."""
 
     @abstractmethod

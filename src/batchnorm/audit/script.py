@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
+import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType, TracebackType
 
@@ -19,15 +22,23 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 def run_script(script: Path, arguments: Sequence[str]) -> tuple[int, Report]:
     """Run `script` as `python script arguments…` would, and report what the probe saw.
 
+    From here on the process is the script's: `__main__`, `sys.argv` and `sys.path` stay as it
+    had them, for what it left to run at exit.
+
     Returns the exit status that Python would have given, and the report, whether the script
     ended, called `sys.exit`, raised (its traceback is printed as ever) or was interrupted.
 
     Raises `OSError` where the script cannot be read.
     """
     source = script.read_bytes()
-    with _as_main(script, arguments) as main, Probe() as probe:
+    path = str(Path.cwd() / script)  # as Python has it: absolute, links not resolved
+    main = _become_main(path, [str(script), *arguments])
+    process = os.getpid()
+    with Probe() as probe:
         try:
-            exec(compile(source, str(script), "exec"), main.__dict__)  # noqa: S102 - the job
+            # our own __future__ imports are not the script's
+            code = compile(source, path, "exec", dont_inherit=True)
+            exec(code, main.__dict__)  # noqa: S102 - the job
             status = 0
         except SystemExit as exit:
             status = _status_of(exit)
@@ -37,23 +48,29 @@ def run_script(script: Path, arguments: Sequence[str]) -> tuple[int, Report]:
         except BaseException as error:
             _print_traceback(error)
             status = 1
-        return status, probe.report()
+        if os.getpid() != process:
+            sys.exit(status)  # a child that the script forked: its parent reports
+        _join_threads()
+    return status, probe.report()
 
 
-@contextmanager
-def _as_main(script: Path, arguments: Sequence[str]) -> Iterator[ModuleType]:
+def _become_main(path: str, argv: list[str]) -> ModuleType:
     """A fresh `__main__` for the script, with the sys.argv and sys.path it would have."""
     main = ModuleType("__main__")
-    main.__file__ = str(script)
-    main.__dict__["__builtins__"] = __builtins__
-    before = sys.modules["__main__"], sys.argv, list(sys.path)
+    main.__file__ = path
+    main.__loader__ = SourceFileLoader("__main__", path)
+    main.__dict__.update(__builtins__=builtins, __cached__=None)
     sys.modules["__main__"] = main
-    sys.argv = [str(script), *arguments]
-    sys.path[0] = str(script.resolve().parent)
-    try:
-        yield main
-    finally:
-        sys.modules["__main__"], sys.argv, sys.path[:] = before
+    sys.argv = argv
+    sys.path[0] = str(Path(path).resolve().parent)
+    return main
+
+
+def _join_threads() -> None:
+    """Wait for what the script left running, as the interpreter does before it exits."""
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()
 
 
 def _status_of(exit: SystemExit) -> int:
@@ -70,4 +87,4 @@ def _print_traceback(error: BaseException) -> None:
     trace: TracebackType | None = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next
-    sys.excepthook(type(error), error, trace)
+    sys.excepthook(type(error), error.with_traceback(trace), trace)

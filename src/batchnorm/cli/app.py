@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -13,6 +15,7 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from batchnorm.audit import RULES, find_rule, run_script
+from batchnorm.audit.place import displayed
 from batchnorm.cli.files import example, write_atomically
 from batchnorm.report import print_report, to_json
 
@@ -47,11 +50,20 @@ def run(
     """
     if not script.is_file():
         _refuse(f"no script at {script}; give the path of a Python file")
-    if output is not None and not output.parent.is_dir():
-        _refuse(f"no directory {output.parent} to write {output.name} into; create it first")
-    status, report = run_script(script, arguments or [])
-    sys.stdout.flush()
-    print_report(report, Console(stderr=True))
+    if output is not None:
+        output = output.absolute()  # the script may change the directory
+        if not output.parent.is_dir():
+            _refuse(f"no directory {output.parent} to write {output.name} into; create it first")
+        if output.exists() and not output.is_file():
+            _refuse(f"{output} is no regular file; give the path of one, or of none yet")
+    sys.excepthook = sys.__excepthook__  # typer's own is not what the script would have
+    try:
+        status, report = run_script(script, arguments or [])
+    except OSError as error:
+        _refuse(f"cannot read {script}: {error.strerror}")
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # the script may have closed it
+        sys.stdout.flush()
+    print_report(report, Console(file=sys.__stderr__))
     if output is not None:
         write_atomically(output, to_json(report))
     if strict and status == 0 and not report.is_clean:
@@ -64,14 +76,16 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of each run.")] = 12,
 ) -> None:
     """Train a residual network on handwritten digits, watched; then with the classic mistake."""
+    if find_spec("sklearn") is None:
+        _refuse("the demo needs scikit-learn's digits; pip install 'batchnorm[lab]'")
     script = example("digits.py")
     console = Console()
     for mistake in ([], ["--forget-eval"]):
-        words = ["run", _relative(script), "--epochs", str(epochs), *mistake]
+        words = ["run", displayed(script), "--epochs", str(epochs), *mistake]
         console.rule(f"batchnorm {' '.join(words)}", align="left")
         # each in a process of its own, as somebody would type it
         command = [sys.executable, "-m", "batchnorm", *words]
-        status = subprocess.run(command, check=False).returncode  # noqa: S603
+        status = subprocess.run(command, check=False).returncode  # noqa: S603 - our own words
         console.print()
         if status != 0:
             raise typer.Exit(status)
@@ -100,10 +114,3 @@ def _refuse(reason: str) -> NoReturn:
     """One clear line, and the exit status of bad input."""
     typer.echo(f"batchnorm: {reason}", err=True)
     raise typer.Exit(BAD_INPUT)
-
-
-def _relative(path: Path) -> str:
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

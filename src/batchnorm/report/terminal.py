@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from batchnorm.audit import Finding, Report, Severity, find_rule
+from batchnorm.audit import Finding, Report, Severity
 
 __all__ = ["print_report"]
 
@@ -27,10 +27,11 @@ def print_report(report: Report, console: Console) -> None:
     elif report.findings:
         line(f"{watched}: {len(report.findings)} found", "bold")
     else:
-        line(f"{watched}: nothing found by {', '.join(report.rules)}", "bold green")
+        looked = ", ".join(code for code in report.rules if code not in report.disabled)
+        line(f"{watched}: nothing found by {looked}", "bold green")
     for finding in report.findings:
         line("")
-        head = f"{finding.code} {finding.severity.value}: {find_rule(finding.code).name}"
+        head = f"{finding.code} {finding.severity.value}: {finding.name}"
         line(head, _STYLES[finding.severity])
         for text in _body(finding):
             line(f"  {text}")

@@ -11,15 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm.audit.call import Call, TorchBatchNorm
+from batchnorm.audit.call import Call
 from batchnorm.audit.finding import Finding, Severity
+from batchnorm.audit.place import is_inside_autograd_function
 from batchnorm.audit.rule import Rule
 from batchnorm.moments import Moments
 
 __all__ = ["StaleStatistics", "distance"]
 
-EVERY = 4  # training passes between two batches that are looked at
-KEPT = 8  # batches kept: with EVERY, the last 32 passes, about what a momentum of 0.1 remembers
+EVERY = 5  # one training pass in so many is looked at; odd, where kinds of batches take turns
+KEPT = 8  # batches kept: with EVERY, of the last 40 passes, what a momentum of 0.1 remembers
 FEWEST = 4  # batches below which the spread between them is not known
 LARGEST_SHIFT = 0.5  # of a standard deviation
 LARGEST_STRETCH = 1.5  # of the standard deviation, either way
@@ -40,10 +41,11 @@ class Distance(NamedTuple):
     @property
     def is_harmful(self) -> bool:
         """Whether one of them is large, and is still with twice its error taken off."""
-        return (
-            self.shift - 2 * self.shift_error > LARGEST_SHIFT
-            or self.stretch - 2 * self.stretch_error > math.log(LARGEST_STRETCH)
+        small = (
+            self.shift - 2 * self.shift_error <= LARGEST_SHIFT
+            and self.stretch - 2 * self.stretch_error <= math.log(LARGEST_STRETCH)
         )
+        return not small  # running statistics that are no numbers are not small
 
 
 def distance(
@@ -57,17 +59,19 @@ def distance(
     """
     k = len(batches)
     pooled = Moments.merge(batches)
-    sigma = (pooled.var() + eps).sqrt()
-    shift = (mean - pooled.mean) / sigma
-    stretch = ((var + eps).log() - (pooled.var() + eps).log()) / 2
-    means = torch.stack([b.mean for b in batches]) / sigma
-    logs = torch.stack([(b.var() + eps).log() / 2 for b in batches])
     m = momentum or 0.0
     share = 1 / k + m / (2 - m)
-    # averaging is over channels only: those of one layer are not independent
-    errors = ((spread.var(0).mean() * share).sqrt() for spread in (means, logs))
-    shift_error, stretch_error = (float(error) for error in errors)
-    return Distance(_rms(shift), shift_error, _rms(stretch), stretch_error)
+    # by the larger spread: a channel that was silent in these few batches has none of its own
+    sigma = (torch.maximum(pooled.var(), var) + eps).sqrt()
+    shift = (mean - pooled.mean) / sigma
+    means = torch.stack([b.mean for b in batches]) / sigma
+    # and what a silent channel's variance should be, these batches do not say
+    heard = pooled.var() > eps / 10
+    stretch = ((var + eps).log() - (pooled.var() + eps).log())[heard] / 2
+    logs = torch.stack([(b.var() + eps).log()[heard] / 2 for b in batches])
+    return Distance(
+        _rms(shift), _rms(means.std(0)) * share**0.5, _rms(stretch), _rms(logs.std(0)) * share**0.5
+    )
 
 
 class StaleStatistics(Rule):
@@ -89,8 +93,7 @@ class StaleStatistics(Rule):
         # after 500 steps 0.999⁵⁰⁰ = 61 % of the running variance is still the 1 it began with
 
     A momentum in another framework's sense (0.99 for 0.01 or the reverse), a run of few steps,
-    a learning rate at which weights outrun the average, and weights that were averaged or loaded
-    without their statistics all end here.
+    and a learning rate at which weights outrun the average all end here.
 
     ## Fix
 
@@ -117,17 +120,26 @@ class StaleStatistics(Rule):
 
     def before(self, call: Call) -> None:
         """In training, note the statistics before every few passes; in eval, what is used."""
-        watched = self._watched.get(id(call.layer))
+        if call.layer.running_mean is None or call.layer.running_mean.is_meta:
+            return
+        watched = self._watched.get(call.number)
         if watched is None:
-            watched = self._watched[id(call.layer)] = _Watched(call.layer, call.path)
-        if call.tracks and call.has_gradients:
-            watched.before_training(call)
+            watched = self._watched[call.number] = _Watched(call.path)
+        watched.refresh(call)
+        if call.tracks and (call.has_gradients or is_inside_autograd_function()):
+            watched.used = None
+            if watched.passes % EVERY == EVERY - 1 and call.input is not None:
+                call.notes[self.code] = call.running_statistics()
         elif not call.layer.training:
-            watched.before_eval()
+            watched.note_use()
 
     def after(self, call: Call) -> None:
         """Read the batch's statistics off what the pass added to the running ones."""
-        self._watched[id(call.layer)].after_training(call)
+        watched = self._watched.get(call.number)
+        if watched is not None and call.tracks and watched.has_counted(call):
+            before = call.notes.get(self.code)
+            if before is not None:
+                watched.batches.append(_batch(call, *before))
 
     def findings(self) -> Iterator[Finding]:
         """One for each layer that was far off when it was last evaluated."""
@@ -145,68 +157,94 @@ class StaleStatistics(Rule):
                 fix="torch.optim.swa_utils.update_bn(loader, model) before evaluating; then a "
                 "larger momentum",
                 numbers=d._asdict(),
+                name=self.name,
             )
 
 
 @dataclass
 class _Watched:
-    """One layer: its last batches, and its running statistics when they were last used."""
+    """One layer: its last batches, and its running statistics when they were last used.
 
-    layer: TorchBatchNorm
+    The buffers are held, the layer is not: they are small, and a model that is gone by the end
+    of the run is reported all the same.
+    """
+
     path: str
+    momentum: float | None = None
+    eps: float = 0.0
+    running: tuple[Tensor, Tensor] | None = None
+    version: int | None = None
+    is_open: bool = False  # a pass has begun, and not ended
     passes: int = 0
-    pending: tuple[Tensor, Tensor] | None = None
     batches: deque[Moments] = field(default_factory=lambda: deque(maxlen=KEPT))
     used: tuple[Tensor, Tensor, list[Moments]] | None = None
 
-    def before_training(self, call: Call) -> None:
-        self.used = None
-        self.passes += 1
-        if self.passes % EVERY == 0 and call.input is not None:
-            self.pending = self._running()
+    def refresh(self, call: Call) -> None:
+        """Follow the layer, and forget its batches where somebody else wrote its buffers.
 
-    def after_training(self, call: Call) -> None:
-        if self.pending is not None and call.input is not None:
-            self.batches.append(self._batch(*self.pending, call.input.detach()))
-            self.pending = None
+        Statistics that were loaded belong to weights that were loaded with them, and the batches
+        do not. Statistics that were only reset belong to the weights that are here.
+        """
+        mean, var = call.layer.running_mean, call.layer.running_var
+        self.running = None if mean is None or var is None else (mean, var)
+        self.momentum, self.eps = call.layer.momentum, call.layer.eps
+        version = call.batches_version()
+        # the last pass may have moved them and then raised, or stopped early in a checkpoint
+        if version != self.version and not self.is_open and not _are_initial(mean, var):
+            self.batches.clear()
+        self.version = version
+        self.is_open = call.tracks
 
-    def before_eval(self) -> None:
-        if self.used is None and len(self.batches) >= FEWEST:
-            self.used = (*self._running(), list(self.batches))
+    def has_counted(self, call: Call) -> bool:
+        """Whether the pass moved the statistics: a checkpoint's recomputation does not."""
+        self.is_open = False
+        version = call.batches_version()
+        counted = version is None or version != self.version
+        self.version = version
+        self.passes += counted
+        return counted
+
+    def note_use(self) -> None:
+        """Copy what inference uses, the first time after training."""
+        if self.used is None and self.running is not None and len(self.batches) >= FEWEST:
+            mean, var = self.running
+            self.used = (mean.clone(), var.clone(), list(self.batches))
 
     def distance(self) -> Distance | None:
         """At the last evaluation, or now if training went on after it."""
-        self.before_eval()
+        self.note_use()
         if self.used is None:
             return None
         mean, var, batches = self.used
         wide = [Moments(b.count.cpu(), b.mean.double().cpu(), b.m2.double().cpu()) for b in batches]
-        return distance(
-            mean.double().cpu(), var.double().cpu(), wide, self.layer.momentum, self.layer.eps
-        )
+        if not all((b.mean.isfinite() & b.m2.isfinite()).all() for b in wide):
+            return None  # training itself has failed, which is not this rule's to say
+        return distance(mean.double().cpu(), var.double().cpu(), wide, self.momentum, self.eps)
 
-    def _running(self) -> tuple[Tensor, Tensor]:
-        mean, var = self.layer.running_mean, self.layer.running_var
-        assert mean is not None
-        assert var is not None
-        return mean.clone(), var.clone()
 
-    def _batch(self, mean: Tensor, var: Tensor, x: Tensor) -> Moments:
-        """The batch's moments, without a look at x unless there is no other way.
+def _batch(call: Call, mean: Tensor, var: Tensor) -> Moments:
+    """The batch's moments, without a look at x unless there is no other way.
 
-        new = (1 − m)·old + m·batch, so batch = old + (new − old)/m: exact for masks, ghost slices
-        and several ranks too, and it costs c operations where x has n·c·positions.
-        """
-        m: float | Tensor | None = self.layer.momentum
-        if m is None and self.layer.num_batches_tracked is not None:
-            m = 1 / self.layer.num_batches_tracked
-        if m is None or self.layer.momentum == 0:
-            return Moments.of(x, (0, *range(2, x.ndim)))
-        after_mean, after_var = self._running()
-        n = torch.full_like(mean, x.numel() // x.shape[1], dtype=torch.int64)
-        batch_var = (var + (after_var - var) / m).clamp(min=0)
-        return Moments(n, mean + (after_mean - mean) / m, batch_var * (n - 1))
+    new = (1 − m)·old + m·batch, so batch = old + (new − old)/m: exact for masks, ghost slices
+    and several ranks too, and it costs c operations where x has n·c·positions.
+    """
+    layer, x = call.layer, call.input
+    assert x is not None, "noted only where there is an input"
+    m: float | Tensor | None = layer.momentum
+    if m is None and layer.num_batches_tracked is not None:
+        m = 1 / layer.num_batches_tracked
+    after = call.running_statistics()
+    # half precision rounds the step away; a momentum of 0 makes none
+    if m is None or layer.momentum == 0 or mean.dtype.itemsize < 4 or after is None:
+        return Moments.of(x.detach(), (0, *range(2, x.ndim)))
+    n = torch.full_like(mean, x.numel() // x.shape[1], dtype=torch.int64)
+    batch_var = (var + (after[1] - var) / m).clamp(min=0)
+    return Moments(n, mean + (after[0] - mean) / m, batch_var * (n - 1))
+
+
+def _are_initial(mean: Tensor | None, var: Tensor | None) -> bool:
+    return mean is None or var is None or bool((mean == 0).all() & (var == 1).all())
 
 
 def _rms(values: Tensor) -> float:
-    return float(values.square().mean().sqrt())
+    return float(values.square().mean().sqrt()) if values.numel() else 0.0

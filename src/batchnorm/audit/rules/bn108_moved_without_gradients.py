@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+import torch
+
 from batchnorm.audit.call import Call
 from batchnorm.audit.finding import Finding, Severity
-from batchnorm.audit.place import calling_place, is_called_within
+from batchnorm.audit.place import calling_place, is_inside, is_inside_autograd_function
 from batchnorm.audit.rule import Rule
 
 __all__ = ["MovedWithoutGradients"]
 
-# Forward passes without gradients that are part of training, or are meant to move statistics.
+# Forward passes without gradients that are there to move the statistics.
 _MEANT = frozenset(
     {
-        ("torch/utils/checkpoint.py", "forward"),  # reentrant checkpointing's first pass
         ("torch/optim/swa_utils.py", "update_bn"),
         ("fvcore/nn/precise_bn.py", "update_bn_stats"),
     }
@@ -50,8 +51,9 @@ class MovedWithoutGradients(Rule):
 
     ## When it is fine
 
-    When the pass is there to estimate the statistics again. `torch.optim.swa_utils.update_bn`,
-    fvcore's `update_bn_stats` and activation checkpoints are known and not reported.
+    When the pass is there to estimate the statistics again. `torch.optim.swa_utils.update_bn` and
+    fvcore's `update_bn_stats` are known and not reported, nor are passes inside an
+    `autograd.Function`, such as a reentrant activation checkpoint's, which train.
 
     ## Evidence
 
@@ -63,34 +65,35 @@ class MovedWithoutGradients(Rule):
     looks_at = "a training run"
 
     def __init__(self) -> None:
-        self._before: dict[int, int] = {}
-        self._calls: dict[str | None, Counter[str]] = {}
+        self._calls: dict[str | None, Counter[tuple[int, str]]] = {}
 
     def before(self, call: Call) -> None:
-        """Note the buffers' version."""
-        if call.tracks and not call.has_gradients and call.layer.momentum != 0:
-            self._before[id(call.layer)] = call.statistics_version
+        """Copy the statistics; by value, since not every kernel raises the tensor's version."""
+        if call.tracks and not call.has_gradients:
+            call.notes[self.code] = call.running_statistics()
 
     def after(self, call: Call) -> None:
-        """Compare it."""
-        before = self._before.pop(id(call.layer), None)
-        moved = before is not None and before != call.statistics_version
-        if moved and not is_called_within(_MEANT):
-            self._calls.setdefault(calling_place(), Counter())[call.path] += 1
+        """Compare them."""
+        before, now = call.notes.get(self.code), call.running_statistics()
+        if before is None or now is None or all(map(torch.equal, before, now)):
+            return
+        if not is_inside(_MEANT) and not is_inside_autograd_function():
+            self._calls.setdefault(calling_place(), Counter())[call.number, call.path] += 1
 
     def findings(self) -> Iterator[Finding]:
         """One for each place in the user's code."""
-        for place, paths in self._calls.items():
-            passes = max(paths.values())
-            layers = "layer" if len(paths) == 1 else "layers"
+        for place, counts in self._calls.items():
+            passes = max(counts.values())
+            layers = "layer" if len(counts) == 1 else "layers"
             times = "pass" if passes == 1 else "passes"
             yield Finding(
                 self.code,
                 Severity.WARNING,
-                f"{len(paths)} {layers} moved their running statistics in {passes} forward "
+                f"{len(counts)} {layers} moved their running statistics in {passes} forward "
                 f"{times} with gradients off: the model was in training mode",
-                modules=tuple(paths),
+                modules=tuple(path for _, path in counts),
                 place=place,
                 fix="call model.eval() before this line, and model.train() before training goes on",
-                numbers={"layers": len(paths), "passes": passes},
+                numbers={"layers": float(len(counts)), "passes": float(passes)},
+                name=self.name,
             )

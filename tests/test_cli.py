@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from batchnorm.audit import RULES
+from batchnorm.cli import main
+
+CLEAN = """
+import torch
+from {library} import BatchNorm1d
+layer = BatchNorm1d(3)
+layer(torch.randn(4, 3))
+print("trained")
+"""
+# found, and a fact of the code alone: no sampling
+MISTAKEN = CLEAN + "with torch.no_grad():\n    layer(torch.randn(4, 3))\n"
+LINE = 1 + MISTAKEN.count("\n", 0, MISTAKEN.index("    layer("))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The working directory, with what a script may change in this process put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setenv("COLUMNS", "100")
+    return tmp_path
+
+
+@pytest.fixture
+def batchnorm(monkeypatch, capfd):
+    """The command in this process: its status, standard output and standard error."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["batchnorm", *words])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        out, err = capfd.readouterr()
+        return exit.value.code or 0, out, err
+
+    return run
+
+
+def script(text: str, library: str = "batchnorm", name: str = "train.py") -> str:
+    Path(name).write_text(text.replace("{library}", library))
+    return name
+
+
+def refused(result: tuple[int, str, str], *words: str) -> None:
+    """Exit status 2, and one line that says all of the words."""
+    status, out, err = result
+    assert (status, out) == (2, "")
+    assert err.endswith("\n")
+    assert len(err.splitlines()) == 1
+    assert err.startswith("batchnorm: ")
+    assert [word for word in words if word not in err] == []
+
+
+# run
+
+
+@pytest.mark.parametrize("library", ["torch.nn", "batchnorm"])
+def test_the_report_goes_to_standard_error_and_the_rest_is_the_scripts(batchnorm, library):
+    status, out, err = batchnorm("run", script(MISTAKEN, library))
+    assert (status, out) == (0, "trained\n")
+    assert "batchnorm watched 1 layers in 2 forward passes: 1 found\n" in err
+    assert "BN108 warning: statistics moved with gradients off\n" in err
+    assert f"  at   train.py:{LINE}\n" in err
+
+
+@pytest.mark.parametrize("library", ["torch.nn", "batchnorm"])
+def test_strict_fails_where_there_is_a_warning_alone(batchnorm, library):
+    assert batchnorm("run", "--strict", script(CLEAN, library))[0] == 0
+    assert batchnorm("run", "--strict", script(MISTAKEN, library))[0] == 1
+    assert batchnorm("run", script(MISTAKEN, library))[0] == 0
+
+
+def test_strict_fails_where_there_is_an_error(batchnorm):
+    text = CLEAN + "try:\n    layer(torch.randn(1, 3))\nexcept ValueError:\n    pass\n"
+    assert batchnorm("run", script(text))[0] == 0
+    status, _, err = batchnorm("run", "--strict", script(text))
+    assert status == 1
+    assert "BN109 error: one value per channel" in err
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        ("import sys; sys.exit(3)", 3),
+        ("raise SystemExit('text')", 1),
+        ("raise ValueError('x')", 1),
+        ("raise KeyboardInterrupt", 130),
+    ],
+)
+@pytest.mark.parametrize("strict", [[], ["--strict"]])
+def test_the_scripts_own_status_is_never_hidden(batchnorm, end, expected, strict):
+    status, out, err = batchnorm("run", *strict, script(MISTAKEN + end))
+    assert (status, out) == (expected, "trained\n")
+    assert "BN108 warning" in err
+
+
+@pytest.mark.parametrize("end", ["sys.stdout.close()", "sys.stdout = None"])
+def test_a_script_may_do_away_with_its_standard_output(batchnorm, monkeypatch, end):
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    aside = "import io, sys\nsys.stdout = io.TextIOWrapper(io.BytesIO())\n"
+    status, _, err = batchnorm("run", script(aside + MISTAKEN + end))
+    assert status == 0
+    assert "BN108 warning" in err
+
+
+def test_output_holds_the_findings_as_json(batchnorm, folder):
+    Path("old.json").write_text("old")
+    for name in ("report.json", "old.json", str(folder / "absolute.json")):
+        _, _, err = batchnorm("run", "-o", name, script(MISTAKEN))
+        data = json.loads(Path(name).read_text())
+        (finding,) = data["findings"]
+        assert (data["version"], data["layers"], data["calls"]) == (1, 1, 2)
+        assert (finding["code"], finding["severity"]) == ("BN108", "warning")
+        assert (finding["place"], finding["modules"]) == (f"train.py:{LINE}", ["BatchNorm1d"])
+        assert finding["message"] in err
+    names = {"report.json", "old.json", "absolute.json", "train.py"}
+    assert {path.name for path in folder.iterdir()} == names
+
+
+def test_output_is_written_though_the_script_fails(batchnorm):
+    status, _, _ = batchnorm("run", "--output", "report.json", script(MISTAKEN + "1 / 0"))
+    assert status == 1
+    assert len(json.loads(Path("report.json").read_text())["findings"]) == 1
+
+
+def test_output_lies_where_it_was_asked_for_though_the_script_changes_directory(batchnorm, folder):
+    (folder / "elsewhere").mkdir()
+    batchnorm("run", "-o", "report.json", script("import os\nos.chdir('elsewhere')\n"))
+    assert (folder / "report.json").exists()
+    assert list((folder / "elsewhere").iterdir()) == []
+
+
+def test_options_after_the_script_are_the_scripts(batchnorm):
+    name = script("import sys\nprint(sys.argv)\n")
+    words = ["--strict", "-o", "x.json", "--help", "-x", "", "--", "run", "γ"]
+    status, out, _ = batchnorm("run", name, *words)
+    assert (status, out) == (0, f"{[name, *words]}\n")
+    assert not Path("x.json").exists()
+
+
+def test_a_script_with_a_name_like_an_option_is_run_after_two_dashes(batchnorm):
+    name = script("import sys\nprint(sys.argv)\n", name="--strict")
+    assert batchnorm("run", "--", name, "-x")[:2] == (0, "['--strict', '-x']\n")
+
+
+# What is refused, before anything starts
+
+STARTED = "from pathlib import Path\nPath('started').touch()\n"
+
+
+def test_a_script_that_does_not_exist_is_refused(batchnorm):
+    refused(batchnorm("run", "nowhere.py"), "nowhere.py")
+
+
+def test_a_directory_is_refused(batchnorm, folder):
+    (folder / "package").mkdir()
+    refused(batchnorm("run", "package"), "package")
+
+
+def test_output_into_a_missing_directory_is_refused(batchnorm):
+    refused(batchnorm("run", "-o", "no/such/report.json", script(STARTED)), "no/such")
+    assert not Path("started").exists()
+
+
+def test_output_onto_a_directory_is_refused(batchnorm, folder):
+    (folder / "reports").mkdir()
+    refused(batchnorm("run", "-o", "reports", script(STARTED)), "reports")
+    assert not Path("started").exists()
+
+
+def test_output_never_replaces_a_pipe_or_device_by_a_file(batchnorm, folder):
+    # /dev/stdout and /dev/null are such, and root may replace them
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        batchnorm("run", "-o", "pipe", script(CLEAN))
+    finally:
+        os.close(reader)
+    assert stat.S_ISFIFO(Path("pipe").stat().st_mode)
+
+
+def test_no_command_shows_the_help(batchnorm):
+    _, out, err = batchnorm()
+    for command in ("run", "demo", "rules"):
+        assert command in out + err
+
+
+# rules
+
+
+def test_rules_lists_every_rule_by_its_code(batchnorm):
+    status, out, _ = batchnorm("rules")
+    assert status == 0
+    _, *lines = out.splitlines()
+    assert [line.split()[0] for line in lines] == [rule.code for rule in RULES]
+    for rule, line in zip(RULES, lines, strict=True):
+        assert rule.name in line
+        assert rule.looks_at in line
+
+
+@pytest.mark.parametrize("rule", RULES, ids=[rule.code for rule in RULES])
+def test_rules_prints_a_page_with_every_heading(batchnorm, rule):
+    status, out, _ = batchnorm("rules", rule.code.lower())
+    assert status == 0
+    assert f"{rule.code}: {rule.name}" in out
+    wanted = ("What it finds", "Why it hurts", "Example", "Fix", "When it is fine", "Evidence")
+    places = [out.find(heading) for heading in wanted]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert out == batchnorm("rules", rule.code)[1]
+
+
+def test_an_unknown_rule_is_refused_with_those_that_are_known(batchnorm):
+    refused(batchnorm("rules", "BN999"), "'BN999'", *(rule.code for rule in RULES))
+
+
+def test_python_dash_m_is_the_same_command(batchnorm, folder):
+    module = subprocess.run(
+        [sys.executable, "-m", "batchnorm", "rules"], capture_output=True, text=True, check=True
+    )
+    assert module.stderr == ""
+    assert module.stdout == batchnorm("rules")[1]
+
+
+# demo
+
+
+@pytest.mark.parametrize("failing", [None, 0, 1])
+def test_the_demo_runs_the_example_and_then_its_mistake(batchnorm, monkeypatch, failing):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        status = 5 if len(commands) - 1 == failing else 0
+        return subprocess.CompletedProcess(command, status)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    status, out, _ = batchnorm("demo", "--epochs", "2")
+    right, wrong = ["--epochs", "2"], ["--epochs", "2", "--forget-eval"]
+    expected = [right, wrong] if failing != 0 else [right]
+    assert status == (0 if failing is None else 5)
+    assert [command[5:] for command in commands] == expected
+    for command in commands:
+        assert command[:4] == [sys.executable, "-m", "batchnorm", "run"]
+        assert Path(command[4]).name == "digits.py"
+        assert Path(command[4]).is_file()
+        assert " ".join(command[5:]) in out

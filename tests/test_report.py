@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import stat
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from batchnorm.audit import RULES, Finding, Report, Severity
+from batchnorm.cli.files import example, write_atomically
+from batchnorm.report import print_report, to_json
+
+WARNED = Finding(
+    "BN108",
+    Severity.WARNING,
+    "2 layers moved in 3 forward passes",
+    ("Net.a", "Net.b"),
+    "call model.eval() before this line",
+    "train.py:12",
+    {"layers": 2.0, "passes": 3.0},
+    "statistics moved with gradients off",
+)
+FAILED = Finding(
+    "BN109",
+    Severity.ERROR,
+    "an input of shape (1, 3)",
+    ("Net.c",),
+    "drop_last=True",
+    name="one value per channel",
+)
+CODES = tuple(rule.code for rule in RULES)
+
+
+def report(*findings: Finding, layers: int = 3, disabled: dict[str, str] | None = None) -> Report:
+    return Report(findings, layers, 7, CODES, disabled or {})
+
+
+def printed(it: Report, width: int = 80, **options) -> str:
+    file = io.StringIO()
+    print_report(it, Console(file=file, width=width, **options))
+    return file.getvalue()
+
+
+# What a report is
+
+
+def test_a_report_is_clean_where_there_are_only_facts():
+    fact = dataclasses.replace(WARNED, severity=Severity.INFO)
+    assert report().is_clean
+    assert report(fact).is_clean
+    assert not report(fact, WARNED).is_clean
+    assert not report(FAILED).is_clean
+
+
+def test_severities_are_ranked_from_the_worst():
+    assert sorted(Severity, key=lambda s: s.rank) == ["error", "warning", "info"]
+
+
+# JSON
+
+
+def test_json_holds_everything_under_a_version():
+    data = json.loads(to_json(report(FAILED, WARNED, disabled={"BN103": "KeyError: 1"})))
+    assert data == {
+        "version": 1,
+        "findings": [
+            {
+                "code": "BN109",
+                "severity": "error",
+                "message": "an input of shape (1, 3)",
+                "modules": ["Net.c"],
+                "fix": "drop_last=True",
+                "place": None,
+                "numbers": {},
+                "name": "one value per channel",
+            },
+            {
+                "code": "BN108",
+                "severity": "warning",
+                "message": "2 layers moved in 3 forward passes",
+                "modules": ["Net.a", "Net.b"],
+                "fix": "call model.eval() before this line",
+                "place": "train.py:12",
+                "numbers": {"layers": 2.0, "passes": 3.0},
+                "name": "statistics moved with gradients off",
+            },
+        ],
+        "layers": 3,
+        "calls": 7,
+        "rules": ["BN103", "BN108", "BN109"],
+        "disabled": {"BN103": "KeyError: 1"},
+    }
+
+
+def test_a_report_comes_back_from_its_json():
+    it = report(FAILED, WARNED, disabled={"BN103": 'ValueError: γ\n"quoted" \\ [red]'})
+    data = json.loads(to_json(it))
+    assert data.pop("version") == 1
+    findings = tuple(
+        Finding(**{**f, "severity": Severity(f["severity"]), "modules": tuple(f["modules"])})
+        for f in data.pop("findings")
+    )
+    assert Report(findings, rules=tuple(data.pop("rules")), **data) == it
+
+
+def test_json_ends_its_last_line():
+    assert to_json(report()).endswith("}\n")
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_json_is_valid_where_a_measurement_is_no_number(value):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    it = report(dataclasses.replace(WARNED, numbers={"shift": value}))
+    json.loads(to_json(it), parse_constant=refuse)
+
+
+# The terminal
+
+
+def test_the_terminal_shows_code_severity_place_fix_and_page():
+    text = printed(report(FAILED, WARNED))
+    lines = text.splitlines()
+    assert lines[:2] == ["", "batchnorm watched 3 layers in 7 forward passes: 2 found"]
+    assert text.index("BN109 error: one value per channel") < text.index("BN108 warning: ")
+    assert lines[-6:] == [
+        "BN108 warning: statistics moved with gradients off",
+        "  2 layers moved in 3 forward passes",
+        "  in   Net.a, Net.b",
+        "  at   train.py:12",
+        "  fix  call model.eval() before this line",
+        "  why  batchnorm rules BN108",
+    ]
+    assert text.count("  at   ") == 1  # the other has no place
+
+
+def test_the_terminal_says_that_nothing_was_found_and_who_looked():
+    assert printed(report()).splitlines() == [
+        "",
+        "batchnorm watched 3 layers in 7 forward passes: nothing found by BN103, BN108, BN109",
+    ]
+
+
+def test_the_terminal_says_that_there_was_nothing_to_watch():
+    text = printed(report(layers=0))
+    assert text.splitlines() == ["", "batchnorm saw no batch norm layer being called"]
+
+
+def test_the_terminal_says_which_rule_was_switched_off_and_why():
+    text = printed(report(WARNED, disabled={"BN103": "KeyError: 7"}))
+    assert text.splitlines()[-1] == "BN103 was switched off and the run went on: KeyError: 7"
+
+
+def test_a_rule_that_was_switched_off_has_not_found_nothing():
+    first = printed(report(disabled={"BN103": "KeyError: 7"})).splitlines()[1]
+    assert first.endswith("nothing found by BN108, BN109")
+
+
+def test_the_terminal_names_four_layers_and_counts_the_rest():
+    names = tuple(f"layer{i}" for i in range(7))
+    shown = [printed(report(dataclasses.replace(WARNED, modules=names[:k]))) for k in (4, 5, 7)]
+    assert "  in   layer0, layer1, layer2, layer3\n" in shown[0]
+    assert "  in   layer0, layer1, layer2, layer3 and 1 more\n" in shown[1]
+    assert "  in   layer0, layer1, layer2, layer3 and 3 more\n" in shown[2]
+
+
+@pytest.mark.parametrize("odd", ["[red]", "[/]", "[/bold]", "[link=x]y", ":smile:", "\\[", "100%"])
+@pytest.mark.parametrize("colored", [False, True])
+def test_names_that_look_like_markup_are_printed_literally(odd, colored):
+    finding = Finding("BN108", Severity.WARNING, f"m {odd} m", (f"Net.{odd}",), odd, f"{odd}.py:1")
+    options = {"force_terminal": True, "color_system": "standard"} if colored else {}
+    text = printed(report(finding, disabled={"BN103": f"E: {odd}"}), **options)
+    assert f"  m {odd} m" in text
+    assert f"in   Net.{odd}" in text
+    assert f"at   {odd}.py:1" in text
+    assert f"fix  {odd}" in text
+    assert f"E: {odd}" in text
+
+
+def test_a_long_place_is_not_broken_so_that_it_can_be_copied():
+    place = "/".join(["folder"] * 30) + "/train.py:12"
+    assert f"  at   {place}\n" in printed(
+        report(dataclasses.replace(WARNED, place=place)), width=40
+    )
+
+
+def test_severities_differ_in_color():
+    options = {"force_terminal": True, "color_system": "standard"}
+    text = printed(report(FAILED, WARNED), **options)
+    red, yellow = "\x1b[1;31m", "\x1b[1;33m"
+    assert f"{red}BN109 error" in text
+    assert f"{yellow}BN108 warning" in text
+    assert "\x1b" not in printed(report(FAILED, WARNED))
+
+
+def test_a_finding_of_somebody_elses_rule_is_printed_too():
+    assert "XY1 warning" in printed(report(dataclasses.replace(WARNED, code="XY1")))
+
+
+# Files
+
+
+def test_a_file_is_written_as_utf8_and_nothing_is_left_beside_it(tmp_path):
+    path = tmp_path / "report.json"
+    for text in ("γ·(x − mean)\n", "second\n"):
+        write_atomically(path, text)
+        assert path.read_bytes() == text.encode()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_new_file_may_be_read_by_whom_any_file_may(tmp_path):
+    ordinary, path = tmp_path / "ordinary", tmp_path / "report.json"
+    ordinary.write_text("")
+    write_atomically(path, "{}")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(ordinary.stat().st_mode)
+
+
+@pytest.mark.parametrize("reason", ["text that cannot be encoded", "no room", "no renaming"])
+def test_an_existing_file_stays_whole_when_writing_fails(tmp_path, monkeypatch, reason):
+    path = tmp_path / "report.json"
+    path.write_text("old")
+    text = "new"
+
+    def fail(*_, **__):
+        raise OSError(reason)
+
+    if reason == "text that cannot be encoded":
+        text = "new \ud800"
+    elif reason == "no room":
+        monkeypatch.setattr(Path, "write_text", fail)
+    else:
+        monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises((OSError, UnicodeEncodeError)):
+        write_atomically(path, text)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_new_file_does_not_appear_when_writing_fails(tmp_path):
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(tmp_path / "report.json", "\ud800")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_example_is_found():
+    assert "load_digits" in example("digits.py").read_text(encoding="utf-8")
