@@ -12,13 +12,18 @@ import torch
 
 
 def in_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round, one after the other: noise hits all alike."""
+    """Seconds of each candidate in each round: one after the other, so that noise hits all alike.
+
+    Every second round goes backwards, so that none always follows the same other.
+    """
     for work in candidates.values():  # caches, allocators and lazy set-up
         for _ in range(3):
             work()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    order = list(candidates.items())
     for _ in range(rounds):
-        for name, work in candidates.items():
+        order.reverse()
+        for name, work in order:
             start = time.perf_counter()
             work()
             seconds[name].append(time.perf_counter() - start)

@@ -97,7 +97,7 @@ def rows(rounds: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=60, help="blocks of each kind")
+    parser.add_argument("--rounds", type=int, default=150, help="blocks of each kind")
     parser.add_argument("--output", type=Path, help="write the table here, as Markdown")
     args = parser.parse_args()
     text = "\n".join(["# Watching a training run", "", machine(), "", *rows(args.rounds), ""])

@@ -11,13 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from batchnorm import BatchNorm1d, BatchNorm2d, Ghost, Moments, Running
 from batchnorm.audit import Finding, Probe, Severity
+from batchnorm.audit.distance import Distance, distance
 from batchnorm.audit.rules.bn103_stale_statistics import (
     EVERY,
     FEWEST,
     KEPT,
-    Distance,
     StaleStatistics,
-    distance,
 )
 
 BOTH = pytest.mark.parametrize("norm", [nn.BatchNorm1d, BatchNorm1d], ids=["torch", "ours"])

@@ -35,11 +35,12 @@ class Call:
 
     def __post_init__(self) -> None:
         layer = self.layer
+        # straight from the dictionaries: this runs in every pass of somebody's training
         self.tracks = (
             layer.training
             and layer.track_running_stats
-            and layer.running_mean is not None
-            and not isinstance(self.policy, Running)
+            and layer._buffers["running_mean"] is not None
+            and not isinstance(layer.__dict__.get("statistics"), Running)
         )
 
     @property
@@ -74,5 +75,5 @@ class Call:
 
         Every training pass writes it. (PyTorch's kernels move the running mean itself unseen.)
         """
-        batches = self.layer.num_batches_tracked
+        batches = self.layer._buffers.get("num_batches_tracked")
         return None if batches is None or batches.is_inference() else batches._version

@@ -121,12 +121,16 @@ class Probe:
         self._tell(Rule.after.__name__, call)
 
     def _tell(self, moment: str, call: Call) -> None:
-        with torch.no_grad():
-            for rule in tuple(self._active):
+        # as torch.no_grad() does, at a fraction of its price: this runs in every pass
+        torch._C._set_grad_enabled(False)
+        try:
+            for rule in self._active:
                 try:
                     getattr(rule, moment)(call)
                 except Exception as error:
                     self._disable(rule, error)
+        finally:
+            torch._C._set_grad_enabled(call.has_gradients)
 
     def _watch(self, layer: TorchBatchNorm) -> _Watched | None:
         """Begin with a layer at its first call, unless it is a passing or an unborn one."""

@@ -11,67 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm.audit.call import Call
+from batchnorm.audit.call import Call, TorchBatchNorm
+from batchnorm.audit.distance import Distance, distance
 from batchnorm.audit.finding import Finding, Severity
 from batchnorm.audit.place import is_inside_autograd_function
 from batchnorm.audit.rule import Rule
 from batchnorm.moments import Moments
 
-__all__ = ["StaleStatistics", "distance"]
+__all__ = ["StaleStatistics"]
 
 EVERY = 5  # one training pass in so many is looked at; odd, where kinds of batches take turns
 KEPT = 8  # batches kept: with EVERY, of the last 40 passes, what a momentum of 0.1 remembers
 FEWEST = 4  # batches below which the spread between them is not known
-LARGEST_SHIFT = 0.5  # of a standard deviation
-LARGEST_STRETCH = 1.5  # of the standard deviation, either way
-
-
-class Distance(NamedTuple):
-    """How far running statistics are from the batches', root mean square over channels.
-
-    `shift` is in standard deviations of the batches; `stretch` is the ratio of the standard
-    deviations, as its logarithm. Each has the standard error that sampling gives it.
-    """
-
-    shift: float
-    shift_error: float
-    stretch: float
-    stretch_error: float
-
-    @property
-    def is_harmful(self) -> bool:
-        """Whether one of them is large, and is still with twice its error taken off."""
-        small = (
-            self.shift - 2 * self.shift_error <= LARGEST_SHIFT
-            and self.stretch - 2 * self.stretch_error <= math.log(LARGEST_STRETCH)
-        )
-        return not small  # running statistics that are no numbers are not small
-
-
-def distance(
-    mean: Tensor, var: Tensor, batches: list[Moments], momentum: float | None, eps: float
-) -> Distance:
-    """The distance of a running mean and variance, (c,), from the batches pooled.
-
-    The sampling error comes from the spread between the batches: of their average, s/√k, and of
-    a running average with momentum m, s·√(m/(2 − m)), which together are what two honest
-    estimates of the same number differ by.
-    """
-    k = len(batches)
-    pooled = Moments.merge(batches)
-    m = momentum or 0.0
-    share = 1 / k + m / (2 - m)
-    # by the larger spread: a channel that was silent in these few batches has none of its own
-    sigma = (torch.maximum(pooled.var(), var) + eps).sqrt()
-    shift = (mean - pooled.mean) / sigma
-    means = torch.stack([b.mean for b in batches]) / sigma
-    # and what a silent channel's variance should be, these batches do not say
-    heard = pooled.var() > eps / 10
-    stretch = ((var + eps).log() - (pooled.var() + eps).log())[heard] / 2
-    logs = torch.stack([(b.var() + eps).log()[heard] / 2 for b in batches])
-    return Distance(
-        _rms(shift), _rms(means.std(0)) * share**0.5, _rms(stretch), _rms(logs.std(0)) * share**0.5
-    )
 
 
 class StaleStatistics(Rule):
@@ -120,17 +71,19 @@ class StaleStatistics(Rule):
 
     def before(self, call: Call) -> None:
         """In training, note the statistics before every few passes; in eval, what is used."""
-        if call.layer.running_mean is None or call.layer.running_mean.is_meta:
-            return
         watched = self._watched.get(call.number)
         if watched is None:
+            if call.layer.running_mean is None or call.layer.running_mean.is_meta:
+                return
             watched = self._watched[call.number] = _Watched(call.path)
-        watched.refresh(call)
+        watched.begin(call)
         if call.tracks and (call.has_gradients or is_inside_autograd_function()):
             watched.used = None
             if watched.passes % EVERY == EVERY - 1 and call.input is not None:
+                watched.refresh(call)
                 call.notes[self.code] = call.running_statistics()
-        elif not call.layer.training:
+        elif not call.layer.training and watched.used is None:
+            watched.refresh(call)
             watched.note_use()
 
     def after(self, call: Call) -> None:
@@ -139,7 +92,7 @@ class StaleStatistics(Rule):
         if watched is not None and call.tracks and watched.has_counted(call):
             before = call.notes.get(self.code)
             if before is not None:
-                watched.batches.append(_batch(call, *before))
+                watched.batches.append(_batch(call, before))
 
     def findings(self) -> Iterator[Finding]:
         """One for each layer that was far off when it was last evaluated."""
@@ -176,24 +129,27 @@ class _Watched:
     version: int | None = None
     is_open: bool = False  # a pass has begun, and not ended
     passes: int = 0
-    batches: deque[Moments] = field(default_factory=lambda: deque(maxlen=KEPT))
-    used: tuple[Tensor, Tensor, list[Moments]] | None = None
+    batches: deque[_Update | _Direct] = field(default_factory=lambda: deque(maxlen=KEPT))
+    used: tuple[Tensor, Tensor, list[_Update | _Direct]] | None = None
 
-    def refresh(self, call: Call) -> None:
-        """Follow the layer, and forget its batches where somebody else wrote its buffers.
+    def begin(self, call: Call) -> None:
+        """Forget the batches where somebody else wrote the layer's buffers.
 
         Statistics that were loaded belong to weights that were loaded with them, and the batches
         do not. Statistics that were only reset belong to the weights that are here.
         """
-        mean, var = call.layer.running_mean, call.layer.running_var
-        self.running = None if mean is None or var is None else (mean, var)
-        self.momentum, self.eps = call.layer.momentum, call.layer.eps
         version = call.batches_version()
         # the last pass may have moved them and then raised, or stopped early in a checkpoint
-        if version != self.version and not self.is_open and not _are_initial(mean, var):
+        if version != self.version and not self.is_open and not _are_initial(call.layer):
             self.batches.clear()
         self.version = version
         self.is_open = call.tracks
+
+    def refresh(self, call: Call) -> None:
+        """Follow the layer: `to()` and the user replace buffers and settings."""
+        mean, var = call.layer.running_mean, call.layer.running_var
+        self.running = None if mean is None or var is None else (mean, var)
+        self.momentum, self.eps = call.layer.momentum, call.layer.eps
 
     def has_counted(self, call: Call) -> bool:
         """Whether the pass moved the statistics: a checkpoint's recomputation does not."""
@@ -216,35 +172,61 @@ class _Watched:
         if self.used is None:
             return None
         mean, var, batches = self.used
-        wide = [Moments(b.count.cpu(), b.mean.double().cpu(), b.m2.double().cpu()) for b in batches]
-        if not all((b.mean.isfinite() & b.m2.isfinite()).all() for b in wide):
+        moments = [batch.moments() for batch in batches]
+        if not all((m.mean.isfinite() & m.m2.isfinite()).all() for m in moments):
             return None  # training itself has failed, which is not this rule's to say
-        return distance(mean.double().cpu(), var.double().cpu(), wide, self.momentum, self.eps)
+        return distance(mean.double().cpu(), var.double().cpu(), moments, self.momentum, self.eps)
 
 
-def _batch(call: Call, mean: Tensor, var: Tensor) -> Moments:
-    """The batch's moments, without a look at x unless there is no other way.
+class _Update(NamedTuple):
+    """What one training pass did to the running mean and variance.
 
     new = (1 − m)·old + m·batch, so batch = old + (new − old)/m: exact for masks, ghost slices
-    and several ranks too, and it costs c operations where x has n·c·positions.
+    and several ranks too, and without a look at n·c·positions values. It is worked out when
+    somebody asks; a pass of training only copies.
     """
+
+    old: tuple[Tensor, Tensor]
+    new: tuple[Tensor, Tensor]
+    momentum: float | Tensor
+    values: int  # a channel
+
+    def moments(self) -> Moments:
+        """The batch's own moments, in float64 on the CPU."""
+        (mean, var), (new_mean, new_var) = (
+            [t.double().cpu() for t in pair] for pair in (self.old, self.new)
+        )
+        m = self.momentum.double().cpu() if isinstance(self.momentum, Tensor) else self.momentum
+        n = torch.full_like(mean, self.values, dtype=torch.int64)
+        batch_var = (var + (new_var - var) / m).clamp(min=0)
+        return Moments(n, mean + (new_mean - mean) / m, batch_var * (n - 1))
+
+
+class _Direct(NamedTuple):
+    """The moments of the input itself, where the running statistics do not tell them."""
+
+    own: Moments
+
+    def moments(self) -> Moments:
+        """The batch's moments, in float64 on the CPU."""
+        return Moments(
+            self.own.count.cpu(), self.own.mean.double().cpu(), self.own.m2.double().cpu()
+        )
+
+
+def _batch(call: Call, old: tuple[Tensor, Tensor]) -> _Update | _Direct:
     layer, x = call.layer, call.input
     assert x is not None, "noted only where there is an input"
     m: float | Tensor | None = layer.momentum
     if m is None and layer.num_batches_tracked is not None:
         m = 1 / layer.num_batches_tracked
-    after = call.running_statistics()
+    new = call.running_statistics()
     # half precision rounds the step away; a momentum of 0 makes none
-    if m is None or layer.momentum == 0 or mean.dtype.itemsize < 4 or after is None:
-        return Moments.of(x.detach(), (0, *range(2, x.ndim)))
-    n = torch.full_like(mean, x.numel() // x.shape[1], dtype=torch.int64)
-    batch_var = (var + (after[1] - var) / m).clamp(min=0)
-    return Moments(n, mean + (after[0] - mean) / m, batch_var * (n - 1))
+    if m is None or layer.momentum == 0 or old[0].dtype.itemsize < 4 or new is None:
+        return _Direct(Moments.of(x.detach(), (0, *range(2, x.ndim))))
+    return _Update(old, new, m, x.numel() // x.shape[1])
 
 
-def _are_initial(mean: Tensor | None, var: Tensor | None) -> bool:
+def _are_initial(layer: TorchBatchNorm) -> bool:
+    mean, var = layer.running_mean, layer.running_var
     return mean is None or var is None or bool((mean == 0).all() & (var == 1).all())
-
-
-def _rms(values: Tensor) -> float:
-    return float(values.square().mean().sqrt()) if values.numel() else 0.0

@@ -74,8 +74,11 @@ class MovedWithoutGradients(Rule):
 
     def after(self, call: Call) -> None:
         """Compare them."""
-        before, now = call.notes.get(self.code), call.running_statistics()
-        if before is None or now is None or all(map(torch.equal, before, now)):
+        before = call.notes.get(self.code)
+        if before is None:
+            return
+        now = call.running_statistics()
+        if now is None or all(map(torch.equal, before, now)):
             return
         if not is_inside(_MEANT) and not is_inside_autograd_function():
             self._calls.setdefault(calling_place(), Counter())[call.number, call.path] += 1

@@ -1,0 +1,73 @@
+"""How far running statistics are from those of batches, and how much of it is sampling."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from batchnorm.moments import Moments
+
+__all__ = ["Distance", "distance"]
+
+LARGEST_SHIFT = 0.5  # of a standard deviation
+LARGEST_STRETCH = 1.5  # of the standard deviation, either way
+
+
+class Distance(NamedTuple):
+    """How far running statistics are from the batches', root mean square over channels.
+
+    `shift` is in standard deviations of the batches; `stretch` is the ratio of the standard
+    deviations, as its logarithm. Each has the standard error that sampling gives it.
+    """
+
+    shift: float
+    shift_error: float
+    stretch: float
+    stretch_error: float
+
+    @property
+    def is_harmful(self) -> bool:
+        """Whether one of them is large, and is still with twice its error taken off."""
+        small = (
+            self.shift - 2 * self.shift_error <= LARGEST_SHIFT
+            and self.stretch - 2 * self.stretch_error <= math.log(LARGEST_STRETCH)
+        )
+        return not small  # running statistics that are no numbers are not small
+
+
+def distance(
+    mean: Float[Tensor, " c"],
+    var: Float[Tensor, " c"],
+    batches: list[Moments],
+    momentum: float | None,
+    eps: float,
+) -> Distance:
+    """The distance of a running mean and variance from the batches pooled.
+
+    The sampling error comes from the spread between the batches: of their average, s/√k, and of
+    a running average with momentum m, s·√(m/(2 − m)), which together are what two honest
+    estimates of the same number differ by.
+    """
+    k = len(batches)
+    pooled = Moments.merge(batches)
+    m = momentum or 0.0
+    share = 1 / k + m / (2 - m)
+    # by the larger spread: a channel that was silent in these few batches has none of its own
+    sigma = (torch.maximum(pooled.var(), var) + eps).sqrt()
+    shift = (mean - pooled.mean) / sigma
+    means = torch.stack([b.mean for b in batches]) / sigma
+    # and what a silent channel's variance should be, these batches do not say
+    heard = pooled.var() > eps / 10
+    stretch = ((var + eps).log() - (pooled.var() + eps).log())[heard] / 2
+    logs = torch.stack([(b.var() + eps).log()[heard] / 2 for b in batches])
+    return Distance(
+        _rms(shift), _rms(means.std(0)) * share**0.5, _rms(stretch), _rms(logs.std(0)) * share**0.5
+    )
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt()) if values.numel() else 0.0
