@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -20,11 +21,11 @@ class Batch(Statistics):
 
     def normalize(
         self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        x: Float[Tensor, "n c *positions"],
+        weight: Float[Tensor, " c"] | None,
+        bias: Float[Tensor, " c"] | None,
         running: RunningStatistics | None,
         **options: Unpack[Options],
-    ) -> tuple[Tensor, Moments | None]:
+    ) -> tuple[Float[Tensor, "n c *positions"], Moments | None]:
         """Normalize by the batch's moments, which the running statistics take up."""
         return batch_norm(x, weight, bias, **options)

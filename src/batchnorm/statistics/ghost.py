@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -36,12 +37,12 @@ class Ghost(Statistics):
 
     def normalize(
         self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        x: Float[Tensor, "n c *positions"],
+        weight: Float[Tensor, " c"] | None,
+        bias: Float[Tensor, " c"] | None,
         running: RunningStatistics | None,
         **options: Unpack[Options],
-    ) -> tuple[Tensor, Moments | None]:
+    ) -> tuple[Float[Tensor, "n c *positions"], Moments | None]:
         """Normalize each slice by its own moments."""
         n = x.shape[0]
         whole = n - n % self.size

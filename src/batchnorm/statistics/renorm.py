@@ -73,12 +73,12 @@ class Renorm(Statistics):
 
     def normalize(
         self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        x: Float[Tensor, "n c *positions"],
+        weight: Float[Tensor, " c"] | None,
+        bias: Float[Tensor, " c"] | None,
         running: RunningStatistics | None,
         **options: Unpack[Options],
-    ) -> tuple[Tensor, Moments | None]:
+    ) -> tuple[Float[Tensor, "n c *positions"], Moments | None]:
         """Normalize by the batch's moments, then by r and d."""
         running = self.required(running)
         if x.numel() == 0:  # no moments, and nothing to correct

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -22,12 +23,12 @@ class Running(Statistics):
 
     def normalize(
         self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        x: Float[Tensor, "n c *positions"],
+        weight: Float[Tensor, " c"] | None,
+        bias: Float[Tensor, " c"] | None,
         running: RunningStatistics | None,
         **options: Unpack[Options],
-    ) -> tuple[Tensor, Moments | None]:
+    ) -> tuple[Float[Tensor, "n c *positions"], Moments | None]:
         """Normalize by the running statistics, and leave them alone."""
         running = self.required(running)
         return normalize(x, running.mean, running.var, weight, bias, **options), None
