@@ -247,6 +247,18 @@ def test_a_checkpointed_layer_is_measured_as_any_other(norm, use_reentrant, afte
     assert finding.numbers["stretch"] == pytest.approx(d.stretch, rel=0.05)
 
 
+@BOTH
+def test_statistics_that_are_no_numbers_are_found(norm):
+    layer, seen = norm(4), batches(ENOUGH)
+
+    def poison():
+        layer.running_mean[1] = math.nan
+
+    (finding,) = watch(layer, seen, poison, seen)
+    assert "the running statistics are not finite" in finding.message
+    assert math.isnan(finding.numbers["shift"])
+
+
 # Negatives
 
 

@@ -90,7 +90,7 @@ def test_validation_without_eval_is_found_at_the_line_that_calls_the_model(watch
     assert moved(report) == [(place, ("Net.norm",), {"layers": 1, "passes": 3})]
     (finding,) = report.findings
     assert finding.severity is Severity.WARNING
-    assert "1 layer moved their running statistics in 3 forward passes" in finding.message
+    assert "1 layer moved its running statistics in 3 forward passes" in finding.message
     assert not report.is_clean
 
 

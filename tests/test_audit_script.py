@@ -338,7 +338,7 @@ def test_pickles_and_child_processes_of_a_script_work_as_under_python(tmp_path):
     ]
     assert seen.stdout == plain.stdout
     assert without_report(seen.stderr) == plain.stderr
-    assert seen.stderr.count("batchnorm watched 1 layers in 3 forward passes") == 1
+    assert seen.stderr.count("batchnorm watched 1 layer in 3 forward passes") == 1
 
 
 def test_ctrl_c_ends_a_watched_script_with_130_and_the_report(tmp_path):
@@ -363,4 +363,4 @@ def test_ctrl_c_ends_a_watched_script_with_130_and_the_report(tmp_path):
     assert process.returncode == 130
     assert out == ""
     assert without_report(err).endswith("KeyboardInterrupt\n")
-    assert "batchnorm watched 1 layers in 1 forward passes" in err
+    assert "batchnorm watched 1 layer in 1 forward pass" in err

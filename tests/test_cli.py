@@ -69,7 +69,7 @@ def refused(result: tuple[int, str, str], *words: str) -> None:
 def test_the_report_goes_to_standard_error_and_the_rest_is_the_scripts(batchnorm, library):
     status, out, err = batchnorm("run", script(MISTAKEN, library))
     assert (status, out) == (0, "trained\n")
-    assert "batchnorm watched 1 layers in 2 forward passes: 1 found\n" in err
+    assert "batchnorm watched 1 layer in 2 forward passes: 1 found\n" in err
     assert "BN108 warning: statistics moved with gradients off\n" in err
     assert f"  at   train.py:{LINE}\n" in err
 
@@ -177,6 +177,43 @@ def test_output_onto_a_directory_is_refused(batchnorm, folder):
     (folder / "reports").mkdir()
     refused(batchnorm("run", "-o", "reports", script(STARTED)), "reports")
     assert not Path("started").exists()
+
+
+def test_output_onto_the_script_is_refused(batchnorm, folder):
+    text = "print('started')\n"
+    (folder / "train.py").write_text(text)
+    refused(batchnorm("run", "-o", "train.py", "train.py"), "is the script itself")
+    assert (folder / "train.py").read_text() == text
+
+
+def test_output_through_a_link_reaches_what_it_points_to(batchnorm, folder):
+    (folder / "train.py").write_text("")
+    (folder / "link.json").symlink_to(folder / "real.json")
+    assert batchnorm("run", "-o", "link.json", "train.py")[0] == 0
+    assert (folder / "link.json").is_symlink()
+    assert json.loads((folder / "real.json").read_text())["version"] == 1
+
+
+def test_a_report_that_cannot_be_written_is_one_line_after_the_run(batchnorm, folder, monkeypatch):
+    (folder / "train.py").write_text("print('trained')\n")
+
+    def no_room(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("batchnorm.cli.commands.write_atomically", no_room)
+    status, out, err = batchnorm("run", "-o", "report.json", "train.py")
+    assert (status, out) == (2, "trained\n")
+    assert err.splitlines()[-1].endswith("report.json: No space left on device")
+
+
+def test_rules_are_readable_on_a_terminal_without_unicode(folder):
+    run = subprocess.run(
+        [sys.executable, "-m", "batchnorm", "rules", "BN103"],
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert b"What it finds" in run.stdout
 
 
 def test_output_never_replaces_a_pipe_or_device_by_a_file(batchnorm, folder):

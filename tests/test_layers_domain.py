@@ -107,6 +107,9 @@ def test_bad_input():
         DomainBatchNorm(BatchNorm1d(3), ["a", "a"])
     with pytest.raises(ValueError, match="without a dot"):
         DomainBatchNorm(BatchNorm1d(3), ["v1.0"])
+    with pytest.raises(TypeError, match=r"must be names.*got \[0, 1\]"):
+        DomainBatchNorm(BatchNorm1d(3), [0, 1])
+    assert list(DomainBatchNorm(BatchNorm1d(3), "clean").layers) == ["clean"]
     for taken in ("clear", "training"):
         with pytest.raises(ValueError, match="no attribute of a module"):
             DomainBatchNorm(BatchNorm1d(3), [taken])

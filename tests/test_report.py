@@ -148,7 +148,11 @@ def test_the_terminal_says_that_nothing_was_found_and_who_looked():
 
 def test_the_terminal_says_that_there_was_nothing_to_watch():
     text = printed(report(layers=0))
-    assert text.splitlines() == ["", "batchnorm saw no batch norm layer being called"]
+    assert text.splitlines() == [
+        "",
+        "batchnorm saw no batch norm layer being called",
+        "  compiled models and other processes are not seen",
+    ]
 
 
 def test_the_terminal_says_which_rule_was_switched_off_and_why():

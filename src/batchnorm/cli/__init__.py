@@ -1,6 +1,6 @@
 """The `batchnorm` command."""
 
-from batchnorm.cli.app import app
+from batchnorm.cli.commands import app
 
 __all__ = ["main"]
 

@@ -41,6 +41,13 @@ def check_input(
                 f"{name} must hold one value per channel, shape ({shape[1]},) for an input of "
                 f"shape {shape}, got shape {tuple(tensor.shape)}; channels are dimension 1"
             )
+    for name, tensor in (("residual", residual), ("mask", mask)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"{name} is on device {tensor.device} and the input on {x.device}; move it there"
+            )
     if residual is not None and tuple(residual.shape) != shape:
         raise ValueError(
             f"residual must have the input's shape {shape}, got {tuple(residual.shape)}; "

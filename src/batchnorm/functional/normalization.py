@@ -70,7 +70,8 @@ def batch_norm(
     - `groups`: slices of the batch that are normalized apart (ghost batches).
     - `residual`: added before the activation.
     - `mask`: true where the data is. Masked elements do not count, get no gradient, and come
-      out as zeros.
+      out as zeros. How many are left is not looked at, which would wait for the device: a single
+      one comes out as β, as its own mean.
     - `act`: a name among `batchnorm.kernels.ACTIVATIONS`, or a `torch.nn` module of those.
 
     Returns y, in x's layout, and the batch's moments, which are constants to autograd.

@@ -90,7 +90,8 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         """Normalize `input`, add `residual`, apply `act`.
 
         - `residual`: added before the activation.
-        - `mask`: true where the data is; masked elements do not count and come out as zeros.
+        - `mask`: true where the data is; masked elements do not count and come out as zeros. A
+          mask that leaves fewer than two values has no variance: the batch is not tracked.
 
         Raises `ValueError` for a wrong number of dimensions or channels, for shapes that do not
         fit, for eps ≤ 0 in training, and where training leaves one value per channel.
@@ -194,13 +195,14 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
                 )
 
     def _check_has_variance(self, input: Tensor, policy: Statistics) -> None:
-        values = policy.smallest_slice(input.shape[0]) * input.shape[2:].numel()
-        if values == 1:
+        n = input.shape[0]
+        if policy.smallest_slice(n) * input.shape[2:].numel() == 1:
+            slices = "" if n == 1 else ", whose last slice is one sample"
             # torch.nn's sentence first, for those who look for it
             raise ValueError(
                 "Expected more than 1 value per channel when training, got input size "
-                f"{tuple(input.shape)} with statistics={policy}: one value is its own mean, so "
-                "its variance is 0 and every output would be β. Drop the odd last batch "
+                f"{tuple(input.shape)} with statistics={policy}{slices}: one value is its own "
+                "mean, so its variance is 0 and every output would be β. Drop the odd last batch "
                 "(DataLoader(..., drop_last=True)), use larger batches, call eval() if this is "
                 "inference, or freeze() the layer"
             )

@@ -79,7 +79,9 @@ class DomainBatchNorm(nn.Module):
                 "DomainBatchNorm copies a layer of this library that knows its channels, such as "
                 f"BatchNorm2d(64), got {type(layer).__name__}"
             )
-        names = list(domains)
+        names = [domains] if isinstance(domains, str) else list(domains)
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError(f"domains must be names, such as ['clean', 'noisy'], got {names}")
         unusable = [n for n in names if not n or "." in n or hasattr(nn.ModuleDict(), n)]
         if not names or len(set(names)) < len(names) or unusable:
             raise ValueError(

@@ -20,10 +20,13 @@ def print_report(report: Report, console: Console) -> None:
         # text, not markup: module names and paths are the user's; unwrapped, to be copied
         console.print(Text(text, style=style), soft_wrap=True)
 
-    watched = f"batchnorm watched {report.layers} layers in {report.calls} forward passes"
+    layers = "1 layer" if report.layers == 1 else f"{report.layers} layers"
+    passes = "1 forward pass" if report.calls == 1 else f"{report.calls} forward passes"
+    watched = f"batchnorm watched {layers} in {passes}"
     line("")
     if report.layers == 0:
         line("batchnorm saw no batch norm layer being called", "bold")
+        line("  compiled models and other processes are not seen")
     elif report.findings:
         line(f"{watched}: {len(report.findings)} found", "bold")
     else:

@@ -23,12 +23,14 @@ class Ghost(Statistics):
     The slices are normalized in one call; a last slice may be smaller. The running statistics
     take up the slices' moments merged, which are the whole batch's.
 
-    Raises `ValueError` for a size below 2.
+    Raises `ValueError` for a size below 2, `TypeError` for one that is no whole number.
     """
 
     size: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.size, int):
+            raise TypeError(f"Ghost(size) needs a whole number of samples, got {self.size!r}")
         if self.size < 2:
             raise ValueError(
                 f"Ghost(size) needs at least 2 samples in a slice, got {self.size}: one sample "

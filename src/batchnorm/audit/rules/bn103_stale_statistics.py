@@ -100,12 +100,17 @@ class StaleStatistics(Rule):
             d = watched.distance()
             if d is None or not d.is_harmful:
                 continue
+            message = (
+                f"the running mean is off by {d.shift:.2g} ± {d.shift_error:.1g} standard "
+                f"deviations, the running standard deviation by ×{math.exp(d.stretch):.2g} "
+                f"(± {math.expm1(d.stretch_error):.0%})"
+            )
+            if math.isnan(d.shift):
+                message = "the running statistics are not finite, and inference divides by them"
             yield Finding(
                 self.code,
                 Severity.WARNING,
-                f"the running mean is off by {d.shift:.2g} ± {d.shift_error:.1g} standard "
-                f"deviations, the running standard deviation by ×{math.exp(d.stretch):.2g} "
-                f"(± {math.expm1(d.stretch_error):.0%})",
+                message,
                 modules=(watched.path,),
                 fix="torch.optim.swa_utils.update_bn(loader, model) before evaluating; then a "
                 "larger momentum",
@@ -172,9 +177,9 @@ class _Watched:
         if self.used is None:
             return None
         mean, var, batches = self.used
+        if not (mean.isfinite() & var.isfinite()).all():
+            return Distance(math.nan, 0.0, math.nan, 0.0)  # and so are the updates made to them
         moments = [batch.moments() for batch in batches]
-        if not all((m.mean.isfinite() & m.m2.isfinite()).all() for m in moments):
-            return None  # training itself has failed, which is not this rule's to say
         return distance(mean.double().cpu(), var.double().cpu(), moments, self.momentum, self.eps)
 
 

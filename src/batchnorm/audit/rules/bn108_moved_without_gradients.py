@@ -87,12 +87,12 @@ class MovedWithoutGradients(Rule):
         """One for each place in the user's code."""
         for place, counts in self._calls.items():
             passes = max(counts.values())
-            layers = "layer" if len(counts) == 1 else "layers"
+            layers = "layer moved its" if len(counts) == 1 else "layers moved their"
             times = "pass" if passes == 1 else "passes"
             yield Finding(
                 self.code,
                 Severity.WARNING,
-                f"{len(counts)} {layers} moved their running statistics in {passes} forward "
+                f"{len(counts)} {layers} running statistics in {passes} forward "
                 f"{times} with gradients off: the model was in training mode",
                 modules=tuple(path for _, path in counts),
                 place=place,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -48,14 +50,13 @@ def run(
     The script's output, exceptions and exit status stay its own; the report goes to standard
     error when it has ended. Options stand before SCRIPT; what follows it belongs to the script.
     """
+    if script.is_dir():
+        _refuse(f"{script} is a directory; give the path of a Python file")
     if not script.is_file():
         _refuse(f"no script at {script}; give the path of a Python file")
     if output is not None:
-        output = output.absolute()  # the script may change the directory
-        if not output.parent.is_dir():
-            _refuse(f"no directory {output.parent} to write {output.name} into; create it first")
-        if output.exists() and not output.is_file():
-            _refuse(f"{output} is no regular file; give the path of one, or of none yet")
+        output = output.resolve()  # the script may change the directory
+        _check_output(output, script)
     sys.excepthook = sys.__excepthook__  # typer's own is not what the script would have
     try:
         status, report = run_script(script, arguments or [])
@@ -65,7 +66,11 @@ def run(
         sys.stdout.flush()
     print_report(report, Console(file=sys.__stderr__))
     if output is not None:
-        write_atomically(output, to_json(report))
+        try:
+            write_atomically(output, to_json(report))
+        except OSError as error:
+            _complain(f"cannot write {output}: {error.strerror}")
+            status = status or BAD_INPUT
     if strict and status == 0 and not report.is_clean:
         status = 1
     raise typer.Exit(status)
@@ -96,6 +101,8 @@ def rules(
     code: Annotated[str | None, typer.Argument(help="A rule, such as BN108.")] = None,
 ) -> None:
     """List the rules, or show one rule's page."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # pages have an ε where a terminal may have none
     console = Console()
     if code is not None:
         try:
@@ -110,7 +117,23 @@ def rules(
     console.print(table)
 
 
+def _check_output(output: Path, script: Path) -> None:
+    """Refuse what cannot be written, or must not, before hours of training and not after them."""
+    if not output.parent.is_dir():
+        _refuse(f"no directory {output.parent} to write {output.name} into; create it first")
+    if output.exists() and not output.is_file():
+        _refuse(f"{output} is no regular file; give the path of one, or of none yet")
+    if output == script.resolve():
+        _refuse(f"{output} is the script itself; give another path to write to")
+    if not os.access(output.parent, os.W_OK):
+        _refuse(f"may not write into {output.parent}; give another path")
+
+
+def _complain(reason: str) -> None:
+    typer.echo(f"batchnorm: {reason}", err=True)
+
+
 def _refuse(reason: str) -> NoReturn:
     """One clear line, and the exit status of bad input."""
-    typer.echo(f"batchnorm: {reason}", err=True)
+    _complain(reason)
     raise typer.Exit(BAD_INPUT)
