@@ -376,3 +376,20 @@ def test_honest_runs_raise_next_to_no_false_alarms(between):
     report = probe.report()
     assert (report.layers, report.calls, report.disabled) == (runs, runs * (passes + 1), {})
     assert len(report.findings) <= 2
+
+
+@BOTH
+def test_statistics_that_are_loaded_are_not_compared_with_batches_of_other_weights(norm):
+    """The best checkpoint, loaded before the test: its statistics belong to its own weights."""
+    layer = norm(4)
+    early = {key: value.clone() for key, value in layer.state_dict().items()}
+    early["running_mean"] += 100
+    assert watch(layer, batches(ENOUGH), lambda: layer.load_state_dict(early)) == []
+
+
+@BOTH
+def test_two_kinds_of_batches_in_turn_are_both_looked_at(norm):
+    """Real and generated images: the mixture's running mean is right for the mixture."""
+    real, generated = batches(2 * ENOUGH, mean=0, std=1), batches(2 * ENOUGH, mean=1, std=1, seed=1)
+    turns = [x for both in zip(real, generated, strict=True) for x in both]
+    assert watch(norm(4, momentum=0.01), turns * 2) == []

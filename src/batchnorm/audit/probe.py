@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from weakref import WeakKeyDictionary, ref
@@ -49,6 +49,7 @@ class Probe:
     def __init__(self, rules: Iterable[type[Rule]] = RULES) -> None:
         self._rules = [rule() for rule in rules]
         self._active = list(self._rules)
+        self._listeners = _listeners(self._active)
         self._disabled: dict[str, str] = {}
         self._watched: dict[int, _Watched] = {}  # by id; an entry goes when its layer does
         self._models: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -108,7 +109,7 @@ class Probe:
             x if isinstance(x, torch.Tensor) else None,
             torch.is_grad_enabled(),
         )
-        self._tell(Rule.before.__name__, call)
+        self._tell(self._listeners[0], call)
 
     def _after(self, module: nn.Module, inputs: object, output: object) -> None:
         if not isinstance(module, TorchBatchNorm):
@@ -118,15 +119,15 @@ class Probe:
         if watched is None or watched.call is None:
             return
         call, watched.call = watched.call, None
-        self._tell(Rule.after.__name__, call)
+        self._tell(self._listeners[1], call)
 
-    def _tell(self, moment: str, call: Call) -> None:
+    def _tell(self, listeners: list[_Listener], call: Call) -> None:
         # as torch.no_grad() does, at a fraction of its price: this runs in every pass
         torch._C._set_grad_enabled(False)
         try:
-            for rule in self._active:
+            for rule, hear in listeners:
                 try:
-                    getattr(rule, moment)(call)
+                    hear(call)
                 except Exception as error:
                     self._disable(rule, error)
         finally:
@@ -159,6 +160,7 @@ class Probe:
     def _disable(self, rule: Rule, error: Exception) -> None:
         self._disabled[rule.code] = f"{type(error).__name__}: {error}"
         self._active = [r for r in self._active if r is not rule]
+        self._listeners = _listeners(self._active)
 
 
 @dataclass
@@ -169,6 +171,17 @@ class _Watched:
     number: int
     path: str
     call: Call | None = None
+
+
+_Listener = tuple[Rule, Callable[[Call], None]]
+
+
+def _listeners(rules: list[Rule]) -> tuple[list[_Listener], list[_Listener]]:
+    """Who listens before a pass and who after it: the rules that say anything there."""
+    return (
+        [(r, r.before) for r in rules if type(r).before is not Rule.before],
+        [(r, r.after) for r in rules if type(r).after is not Rule.after],
+    )
 
 
 def _is_traced() -> bool:

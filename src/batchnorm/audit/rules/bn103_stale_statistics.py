@@ -76,23 +76,29 @@ class StaleStatistics(Rule):
             if call.layer.running_mean is None or call.layer.running_mean.is_meta:
                 return
             watched = self._watched[call.number] = _Watched(call.path)
-        watched.begin(call)
-        if call.tracks and (call.has_gradients or is_inside_autograd_function()):
-            watched.used = None
-            if watched.passes % EVERY == EVERY - 1 and call.input is not None:
-                watched.refresh(call)
-                call.notes[self.code] = call.running_statistics()
+        if call.tracks:
+            if call.has_gradients or is_inside_autograd_function():
+                watched.used = None
+                watched.passes += 1
+                if watched.passes >= watched.due and call.input is not None:
+                    watched.refresh(call)
+                    call.notes[self.code] = (watched.version, call.running_statistics())
+            watched.calls += 1
         elif not call.layer.training and watched.used is None:
             watched.refresh(call)
             watched.note_use()
 
     def after(self, call: Call) -> None:
         """Read the batch's statistics off what the pass added to the running ones."""
-        watched = self._watched.get(call.number)
-        if watched is not None and call.tracks and watched.has_counted(call):
-            before = call.notes.get(self.code)
-            if before is not None:
-                watched.batches.append(_batch(call, before))
+        note = call.notes.get(self.code)
+        if note is None:
+            return
+        version, old = note
+        # a checkpoint's recomputation moves nothing: look at the next pass instead
+        if version is None or version != call.batches_version():
+            watched = self._watched[call.number]
+            watched.batches.append(_batch(call, old))
+            watched.due = watched.passes + EVERY
 
     def findings(self) -> Iterator[Finding]:
         """One for each layer that was far off when it was last evaluated."""
@@ -132,38 +138,27 @@ class _Watched:
     eps: float = 0.0
     running: tuple[Tensor, Tensor] | None = None
     version: int | None = None
-    is_open: bool = False  # a pass has begun, and not ended
-    passes: int = 0
+    calls: int = 0  # that may have moved the statistics since `version` was read
+    passes: int = 0  # of training
+    due: int = EVERY  # the pass to look at
     batches: deque[_Update | _Direct] = field(default_factory=lambda: deque(maxlen=KEPT))
     used: tuple[Tensor, Tensor, list[_Update | _Direct]] | None = None
 
-    def begin(self, call: Call) -> None:
-        """Forget the batches where somebody else wrote the layer's buffers.
+    def refresh(self, call: Call) -> None:
+        """Follow the layer, and forget its batches where somebody else wrote its buffers.
 
         Statistics that were loaded belong to weights that were loaded with them, and the batches
         do not. Statistics that were only reset belong to the weights that are here.
         """
-        version = call.batches_version()
-        # the last pass may have moved them and then raised, or stopped early in a checkpoint
-        if version != self.version and not self.is_open and not _are_initial(call.layer):
-            self.batches.clear()
-        self.version = version
-        self.is_open = call.tracks
-
-    def refresh(self, call: Call) -> None:
-        """Follow the layer: `to()` and the user replace buffers and settings."""
         mean, var = call.layer.running_mean, call.layer.running_var
         self.running = None if mean is None or var is None else (mean, var)
         self.momentum, self.eps = call.layer.momentum, call.layer.eps
-
-    def has_counted(self, call: Call) -> bool:
-        """Whether the pass moved the statistics: a checkpoint's recomputation does not."""
-        self.is_open = False
         version = call.batches_version()
-        counted = version is None or version != self.version
-        self.version = version
-        self.passes += counted
-        return counted
+        if version is not None and self.version is not None:
+            written = version - self.version > self.calls  # a pass writes its counter once
+            if written and not _are_initial(call.layer):
+                self.batches.clear()
+        self.version, self.calls = version, 0
 
     def note_use(self) -> None:
         """Copy what inference uses, the first time after training."""

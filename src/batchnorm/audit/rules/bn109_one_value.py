@@ -53,8 +53,11 @@ class OneValuePerChannel(Rule):
 
     def before(self, call: Call) -> None:
         """Look at the shape before PyTorch's own error ends the run."""
-        if call.smallest_slice == 1 and call.normalizes_with_batch and call.input is not None:
-            key = (call.path, tuple(call.input.shape))
+        x = call.input
+        if x is None or x.ndim < 2 or x.numel() > x.shape[0] * x.shape[1]:  # many positions
+            return
+        if call.smallest_slice == 1 and call.normalizes_with_batch:
+            key = (call.path, tuple(x.shape))
             if key not in self._seen:
                 self._seen[key] = calling_place()
                 call.notes[self.code] = key
