@@ -263,6 +263,7 @@ def test_timm_like_freezing_reads_the_same_attributes():
         source.track_running_stats, bias=source.bias is not None,
     )  # fmt: skip
     target.load_state_dict(source.state_dict(), strict=True)
+    assert_same_state(target, source)
 
 
 def test_gradients_of_other_layouts_and_large_n():
