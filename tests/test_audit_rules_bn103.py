@@ -379,6 +379,21 @@ def test_honest_runs_raise_next_to_no_false_alarms(between):
 
 
 @BOTH
+def test_data_that_is_no_number_is_not_blamed_on_the_statistics(norm):
+    seen = batches(ENOUGH)
+    seen[-1 - ENOUGH % EVERY][0, 0] = math.nan  # a batch that is looked at
+    layer = norm(4, momentum=0.0)  # torch's own kernel would take the NaN up with any other
+    layer.running_mean.fill_(5)
+    layer.running_var.fill_(9)
+    with Probe([StaleStatistics]) as probe, torch.enable_grad():
+        for x in seen:
+            layer(x)
+            layer.running_mean.fill_(5)
+            layer.running_var.fill_(9)
+    assert probe.report().findings == ()
+
+
+@BOTH
 def test_statistics_that_are_loaded_are_not_compared_with_batches_of_other_weights(norm):
     """The best checkpoint, loaded before the test: its statistics belong to its own weights."""
     layer = norm(4)

@@ -175,6 +175,8 @@ class _Watched:
         if not (mean.isfinite() & var.isfinite()).all():
             return Distance(math.nan, 0.0, math.nan, 0.0)  # and so are the updates made to them
         moments = [batch.moments() for batch in batches]
+        if not all((m.mean.isfinite() & m.m2.isfinite()).all() for m in moments):
+            return None  # the data failed, and the statistics kept out of it
         return distance(mean.double().cpu(), var.double().cpu(), moments, self.momentum, self.eps)
 
 
