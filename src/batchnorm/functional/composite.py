@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm.functional.checks import is_traced
-from batchnorm.functional.operation import epilogue_of, grouped
+from batchnorm.functional.operation import epilogue_of
 from batchnorm.kernels import Activation, compute_dtype, reference
 from batchnorm.moments import Moments
 
@@ -31,8 +31,7 @@ def is_asked_for() -> bool:
 
 def moments(x: Tensor, mask: Tensor | None, groups: int) -> Moments:
     """Count, mean and m2, (groups, c), as constants."""
-    epilogue = epilogue_of(None, mask, groups, "identity", 0.0)
-    return reference.moments(grouped(x.detach(), groups), epilogue.mask)
+    return reference.moments(x.detach(), None if mask is None else mask.unsqueeze(1), groups)
 
 
 def batch_norm(
@@ -46,9 +45,9 @@ def batch_norm(
     act: Activation,
 ) -> tuple[Tensor, Moments]:
     """y normalized by the batch's own moments, and those, (groups, c), as constants."""
-    epilogue = epilogue_of(residual, mask, groups, act.name, act.parameter)
-    y, batch = reference.forward(grouped(x, groups), weight, bias, eps, epilogue)
-    return y.flatten(0, 1), batch.detach()
+    epilogue = epilogue_of(residual, mask, act.name, act.parameter)
+    y, batch = reference.forward(x, weight, bias, eps, epilogue, groups)
+    return y, batch.detach()
 
 
 def normalize(

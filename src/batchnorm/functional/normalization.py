@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from batchnorm.functional import composite
+from batchnorm.functional import composite, operation
 from batchnorm.functional.checks import check_input
-from batchnorm.kernels import Activation
+from batchnorm.kernels import Activation, Epilogue, backend_for, reference
 from batchnorm.moments import Moments
 
-__all__ = ["Options", "batch_norm", "moments", "normalize"]
+__all__ = ["Options", "batch_norm", "moments", "normalize", "track"]
 
 
 class Options(TypedDict, total=False):
@@ -37,7 +37,7 @@ def moments(
     check_input(x, mask=mask, groups=groups)
     if composite.is_asked_for():
         return _flat(composite.moments(x, mask, groups))
-    return _flat(Moments(*torch.ops.batchnorm.moments(x.detach(), mask, groups)))
+    return _flat(Moments(*operation.moments(x.detach(), mask, groups)))
 
 
 def batch_norm(
@@ -89,7 +89,7 @@ def batch_norm(
         y, own = composite.batch_norm(x, weight, bias, residual, mask, groups, eps, activation)
         return y, _flat(own)
     given = (None, None, None) if batch is None else _grouped(batch, groups)
-    y, *computed = torch.ops.batchnorm.batch_norm(
+    y, *computed = operation.normalize(
         x, residual, mask, weight, bias, *given, False, groups, eps,
         activation.name, activation.parameter,
     )  # fmt: skip
@@ -126,11 +126,33 @@ def normalize(
         mean, var = mean.clone(), var.clone()
     constants = Moments.constant(mean, var)
     y: Tensor
-    y, *_ = torch.ops.batchnorm.batch_norm(
+    y, *_ = operation.normalize(
         x, residual, mask, weight, bias, *_grouped(constants.detach(), 1), True, 1, eps,
         activation.name, activation.parameter,
     )  # fmt: skip
     return y
+
+
+def track(
+    mean: Float[Tensor, " c"],
+    var: Float[Tensor, " c"],
+    batches: Int[Tensor, ""] | None,
+    batch: Moments,
+    momentum: float | None,
+) -> None:
+    """Move running statistics in place towards a batch's, without waiting for its values.
+
+    running ← (1 − momentum)·running + momentum·batch, with the batch's unbiased variance.
+
+    - `mean`, `var`: the running ones, which change.
+    - `batches`: how many were tracked; counts this one.
+    - `momentum`: the share of the batch; None for the average of all batches.
+
+    A batch with a non-finite mean or variance is skipped whole, counter included.
+    """
+    plain = operation.is_plain((mean, var, batches, batch.mean)) and not composite.is_asked_for()
+    backend = backend_for(mean, Epilogue()) if plain else reference
+    backend.track(mean, var, batches, batch, momentum)
 
 
 def _grouped(batch: Moments, groups: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,9 +1,10 @@
-"""The differentiable operation, registered with PyTorch: what compilers and autograd see.
+"""The differentiable operation: to PyTorch's compilers a registered one, in eager mode a function.
 
 Tensors here are (n, c, *p) and masks (n, *p); `groups` cuts n into slices that are normalized
-apart, and statistics are (groups, c). Each operation is opaque to a compiler, has a fake for
-shapes, and hands its work to the backend that serves its input. The moments come in as x's own
-or, where `frozen`, as constants; None asks for x's own to be computed on the way.
+apart, and statistics are (groups, c). The moments come in as x's own or, where `frozen`, as
+constants; None asks for x's own to be computed on the way. The work is done by the backend that
+serves the input. The registered operations are opaque to a compiler and have fakes for shapes;
+plain tensors in eager mode are spared their dispatch, which costs more than a small tensor does.
 """
 
 from __future__ import annotations
@@ -11,19 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from batchnorm.kernels import (
-    Activation,
-    Epilogue,
-    accumulator,
-    backend_for,
-    coefficients_of,
-    reference,
-)
+from batchnorm.kernels import Activation, Epilogue, accumulator, backend_for, reference
 from batchnorm.moments import Moments
 
-__all__ = ["batch_norm", "batch_norm_backward", "epilogue_of", "grouped", "moments"]
+__all__ = ["epilogue_of", "is_plain", "moments", "normalize"]
 
 _ARGUMENTS = (
     "Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, Tensor? count, "
@@ -31,61 +25,68 @@ _ARGUMENTS = (
 )
 
 
-def grouped(x: Tensor, groups: int) -> Tensor:
-    """(n, …) seen as (groups, n / groups, …), without a copy."""
-    return x.view(groups, x.shape[0] // groups, *x.shape[1:])
+def normalize(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, and the moments computed on the way; the arguments are those of `_ARGUMENTS`."""
+    if not is_plain(arguments[:5]):
+        registered: tuple[Tensor, Tensor, Tensor, Tensor]
+        registered = torch.ops.batchnorm.batch_norm(*arguments)
+        return registered
+    if torch.is_grad_enabled():
+        recorded: tuple[Tensor, Tensor, Tensor, Tensor]
+        recorded = _BatchNorm.apply(*arguments)  # type: ignore[no-untyped-call]
+        return recorded
+    return _forward(*arguments)
+
+
+def moments(x: Tensor, mask: Tensor | None, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and m2 of each group and channel; not differentiable."""
+    if is_plain((x, mask)):
+        return _moments(x, mask, groups)
+    registered: tuple[Tensor, Tensor, Tensor] = torch.ops.batchnorm.moments(x, mask, groups)
+    return registered
 
 
 def epilogue_of(
-    residual: Tensor | None, mask: Tensor | None, groups: int, act: str, parameter: float
+    residual: Tensor | None, mask: Tensor | None, act: str, parameter: float
 ) -> Epilogue:
     """The kernels' epilogue from an operation's flat arguments."""
-    return Epilogue(
-        None if residual is None else grouped(residual, groups),
-        None if mask is None else grouped(mask.unsqueeze(1), groups),
-        Activation(act, parameter),
+    mask = None if mask is None else mask.unsqueeze(1)
+    return Epilogue(residual, mask, Activation(act, parameter))
+
+
+def is_plain(tensors: tuple[Any, ...]) -> bool:
+    """Whether nobody looks on: no compiler, no dispatch mode, no subclass of tensors."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(t is None or type(t) is Tensor or type(t) is nn.Parameter for t in tensors)
     )
 
 
 def _laid_out_like(x: Tensor, y: Tensor) -> Tensor:
-    """y (groups, n / groups, …) as x's shape, in the strides that `torch.empty_like(x)` has.
+    """y in the strides that `torch.empty_like(x)` has, which the fakes promise, and no view.
 
-    Those are what the fakes promise. The result is no view of y: autograd forbids to modify a
-    view in place that an operation returned, and people put `ReLU(inplace=True)` behind a norm.
+    Autograd forbids to modify a view in place that an operation returned, and people put
+    `ReLU(inplace=True)` behind a norm.
     """
-    out = torch.empty_like(x, dtype=y.dtype)
-    y = y.flatten(0, 1)
-    if y.stride() != out.stride():
-        return out.copy_(y)
+    strides = y.stride()
+    if strides != x.stride():
+        out = torch.empty_like(x, dtype=y.dtype)
+        if strides != out.stride():
+            return out.copy_(y)
+    if not y._is_view():
+        return y
     flat: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
     return flat
 
 
-@torch.library.custom_op(
-    "batchnorm::moments",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? mask, int groups) -> (Tensor, Tensor, Tensor)",
-)
-def moments(x: Tensor, mask: Tensor | None, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and m2 of each group and channel; not differentiable."""
-    epilogue = epilogue_of(None, mask, groups, "identity", 0.0)
-    view = grouped(x, groups)
-    batch = backend_for(view, epilogue).moments(view, epilogue.mask)
+def _moments(x: Tensor, mask: Tensor | None, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    epilogue = epilogue_of(None, mask, "identity", 0.0)
+    batch = backend_for(x, epilogue).moments(x, epilogue.mask, groups)
     return batch.count.contiguous(), batch.mean, batch.m2
 
 
-@moments.register_fake
-def _(x: Tensor, mask: Tensor | None, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    mean = x.new_empty((groups, x.shape[1]), dtype=accumulator(x))
-    return torch.empty_like(mean, dtype=torch.int64), mean, torch.empty_like(mean)
-
-
-@torch.library.custom_op(
-    "batchnorm::batch_norm",
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def batch_norm(
+def _forward(
     x: Tensor,
     residual: Tensor | None,
     mask: Tensor | None,
@@ -101,18 +102,125 @@ def batch_norm(
     parameter: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, and the moments that were computed on the way; empty tensors where they were given."""
-    epilogue = epilogue_of(residual, mask, groups, act, parameter)
-    view = grouped(x, groups)
-    backend = backend_for(view, epilogue)
-    if count is None or mean is None or m2 is None:
-        y, batch = backend.forward(view, weight, bias, eps, epilogue)
-        return _laid_out_like(x, y), batch.count.contiguous(), batch.mean, batch.m2
-    given = Moments(count, mean, m2)
-    y = backend.apply(view, coefficients_of(view, given, weight, bias, eps), epilogue)
-    return _laid_out_like(x, y), x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    epilogue = epilogue_of(residual, mask, act, parameter)
+    backend = backend_for(x, epilogue)
+    given = None
+    if count is not None and mean is not None and m2 is not None:
+        given = Moments(count, mean, m2)
+    y, batch = backend.forward(x, weight, bias, eps, epilogue, groups, given)
+    y = _laid_out_like(x, y)
+    if given is None:
+        return y, batch.count.contiguous(), batch.mean, batch.m2
+    return y, x.new_empty(0), x.new_empty(0), x.new_empty(0)
 
 
-@batch_norm.register_fake
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    frozen: bool,
+    groups: int,
+    eps: float,
+    act: str,
+    parameter: float,
+    affine: bool,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, residual, weight and bias."""
+    epilogue = epilogue_of(residual, mask, act, parameter)
+    dx, d_residual, d_weight, d_bias = backend_for(x, epilogue).backward(
+        dy, x, Moments(count, mean, m2), weight, bias, eps, epilogue, frozen=frozen, affine=affine
+    )
+    dx = _laid_out_like(x, dx)
+    if residual is not None and d_residual is not None:
+        d_residual = _laid_out_like(residual, d_residual)
+    return dx, d_residual, d_weight, d_bias
+
+
+def _keep_for_backward(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> None:
+    x, residual, mask, weight, bias, *given = inputs[:8]
+    ctx.settings = inputs[8:]
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    moments = output[1:] if given[0] is None else given
+    # only the derivative of an activation asks for the residual again
+    kept = None if ctx.settings[3] == "identity" else residual
+    ctx.save_for_backward(x, kept, mask, weight, bias, *moments)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    x, residual, mask, weight, bias = saved[:5]
+    affine = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    if torch.is_grad_enabled():
+        gradients = _differentiable_gradients(ctx, dy)
+    elif is_plain((dy, x, residual, weight, bias)):
+        gradients = _gradients(*(dy, *saved, *ctx.settings, affine))
+    else:
+        registered = torch.ops.batchnorm.batch_norm_backward
+        gradients = registered(dy, *saved, *ctx.settings, affine)
+    dx, d_residual, d_weight, d_bias = gradients
+    if ctx.residual_dtype is not None and residual is None:
+        d_residual = dy if mask is None else dy.where(mask.unsqueeze(1), 0)
+        d_residual = d_residual.to(ctx.residual_dtype)
+    elif residual is None:
+        d_residual = None
+    return (
+        dx,
+        d_residual,
+        None,
+        d_weight if affine and weight is not None else None,
+        d_bias if affine and bias is not None else None,
+        *(None,) * 8,
+    )
+
+
+def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients by the reference's plain operations, which autograd can follow again."""
+    x, residual, mask, weight, bias, *moments = ctx.saved_tensors
+    frozen, groups, eps, act, parameter = ctx.settings
+    epilogue = epilogue_of(residual, mask, act, parameter)
+    # as a function of x, for the second derivative runs through the statistics too
+    batch = Moments(*moments) if frozen else reference.moments(x, epilogue.mask, groups)
+    return tuple(reference.backward(dy, x, batch, weight, bias, eps, epilogue, frozen=frozen))
+
+
+class _BatchNorm(torch.autograd.Function):
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_keep_for_backward)
+    backward = staticmethod(_backward)
+
+
+_registered_moments = torch.library.custom_op(
+    "batchnorm::moments",
+    _moments,
+    mutates_args=(),
+    schema="(Tensor x, Tensor? mask, int groups) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@_registered_moments.register_fake
+def _(x: Tensor, mask: Tensor | None, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.new_empty((groups, x.shape[1]), dtype=accumulator(x))
+    return torch.empty_like(mean, dtype=torch.int64), mean, torch.empty_like(mean)
+
+
+_registered = torch.library.custom_op(
+    "batchnorm::batch_norm",
+    _forward,
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_registered.register_fake
 def _(
     x: Tensor,
     residual: Tensor | None,
@@ -133,52 +241,21 @@ def _(
     return y, *torch.ops.batchnorm.moments(x, mask, groups)
 
 
+_registered.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
 @torch.library.custom_op(
     "batchnorm::batch_norm_backward",
     mutates_args=(),
-    schema=f"(Tensor dy, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor dy, {_ARGUMENTS}, bool affine) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def batch_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    count: Tensor,
-    mean: Tensor,
-    m2: Tensor,
-    frozen: bool,
-    groups: int,
-    eps: float,
-    act: str,
-    parameter: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, residual, weight and bias; empty tensors where there is none."""
-    epilogue = epilogue_of(residual, mask, groups, act, parameter)
-    view = grouped(x, groups)
-    gradients = backend_for(view, epilogue).backward(
-        grouped(dy, groups),
-        view,
-        Moments(count, mean, m2),
-        weight,
-        bias,
-        eps,
-        epilogue,
-        frozen=frozen,
-    )
-    d_residual = gradients.residual
-    return (
-        _laid_out_like(x, gradients.x),
-        x.new_empty(0)
-        if residual is None or d_residual is None
-        else _laid_out_like(residual, d_residual),
-        x.new_empty(0) if gradients.weight is None else gradients.weight,
-        x.new_empty(0) if gradients.bias is None else gradients.bias,
-    )
+def _registered_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    x = arguments[1]
+    # a registered operation returns tensors: an empty one for None
+    return tuple(x.new_empty(0) if g is None else g for g in _gradients(*arguments))
 
 
-@batch_norm_backward.register_fake
+@_registered_backward.register_fake
 def _(
     dy: Tensor,
     x: Tensor,
@@ -186,73 +263,8 @@ def _(
     mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    *_: object,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    inputs = (x, residual, weight, bias)
+    affine = rest[-1]
+    inputs = (x, residual, weight if affine else None, bias if affine else None)
     return tuple(x.new_empty(0) if t is None else torch.empty_like(t) for t in inputs)
-
-
-def _keep_for_backward(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> None:
-    x, residual, mask, weight, bias, *given = inputs[:8]
-    ctx.frozen, ctx.groups, ctx.eps, ctx.act, ctx.parameter = inputs[8:]
-    ctx.residual_dtype = None if residual is None else residual.dtype
-    moments = output[1:] if given[0] is None else given
-    # only the derivative of an activation asks for the residual again
-    kept = None if ctx.act == "identity" else residual
-    ctx.save_for_backward(x, kept, mask, weight, bias, *moments)
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    x, residual, mask, weight, bias, *moments = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        gradients = _differentiable_gradients(ctx, dy)
-    else:
-        gradients = torch.ops.batchnorm.batch_norm_backward(
-            dy, x, residual, mask, weight, bias, *moments,
-            ctx.frozen, ctx.groups, ctx.eps, ctx.act, ctx.parameter,
-        )  # fmt: skip
-    dx, d_residual, d_weight, d_bias = gradients
-    if ctx.residual_dtype is not None and residual is None:
-        d_residual = dy if mask is None else dy.where(mask.unsqueeze(1), 0)
-        d_residual = d_residual.to(ctx.residual_dtype)
-    elif residual is None:
-        d_residual = None
-    return (
-        dx,
-        d_residual,
-        None,
-        None if weight is None else d_weight,
-        None if bias is None else d_bias,
-        *(None,) * 8,
-    )
-
-
-batch_norm.register_autograd(_backward, setup_context=_keep_for_backward)
-
-
-def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients by the reference's plain operations, which autograd can follow again."""
-    x, residual, mask, weight, bias, *moments = ctx.saved_tensors
-    epilogue = epilogue_of(residual, mask, ctx.groups, ctx.act, ctx.parameter)
-    view = grouped(x, ctx.groups)
-    gradients = reference.backward(
-        grouped(dy, ctx.groups),
-        view,
-        # as a function of x, for the second derivative runs through the statistics too
-        Moments(*moments) if ctx.frozen else reference.moments(view, epilogue.mask),
-        weight,
-        bias,
-        ctx.eps,
-        epilogue,
-        frozen=ctx.frozen,
-    )
-    d_residual = gradients.residual
-    return (
-        gradients.x.flatten(0, 1),
-        None if d_residual is None else d_residual.flatten(0, 1),
-        gradients.weight,
-        gradients.bias,
-    )

@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import Tensor
 
-from batchnorm.kernels import reference
+from batchnorm.kernels import cpu, reference
 from batchnorm.kernels.activation import ACTIVATIONS, IDENTITY, Activation
 from batchnorm.kernels.contract import (
     Backend,
@@ -33,10 +33,10 @@ __all__ = [
     "compute_dtype",
 ]
 
-BACKENDS: list[Backend] = [cast("Backend", reference)]
+BACKENDS: list[Backend] = [cast("Backend", cpu), cast("Backend", reference)]
 """Fastest first; the last serves everything."""
 
 
 def backend_for(x: Tensor, epilogue: Epilogue) -> Backend:
-    """The first backend that serves x (g, n, c, *p) with this epilogue."""
+    """The first backend that serves x (n, c, *p) with this epilogue."""
     return next(backend for backend in BACKENDS if backend.serves(x, epilogue))

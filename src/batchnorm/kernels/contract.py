@@ -1,8 +1,8 @@
 """What a backend offers: four primitives and two fusions over groups × channels.
 
-Every tensor a kernel sees has the shape (g, n, c, *p): g groups of samples that are
-normalized apart (one group for plain batch norm, several for ghost batches), n samples
-in a group, c channels, any positions *p, in any strides. Statistics are (g, c).
+Every tensor a kernel sees has the shape (n, c, *p): n samples, c channels, any positions *p, in
+any strides. Statistics are (g, c): the samples fall into g equal groups that are normalized
+apart, one for plain batch norm, several for ghost batches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ __all__ = [
     "biased",
     "coefficients_of",
     "compute_dtype",
-    "per_channel",
 ]
 
 
@@ -66,16 +65,16 @@ class Coefficients(NamedTuple):
 class Epilogue:
     """What is fused behind a normalization: y = act(normalized + residual), 0 where masked."""
 
-    residual: Tensor | None = None  # (g, n, c, *p)
-    mask: Tensor | None = None  # (g, n, 1, *p), bool; true where the data is
+    residual: Tensor | None = None  # (n, c, *p)
+    mask: Tensor | None = None  # (n, 1, *p), bool; true where the data is
     act: Activation = IDENTITY
 
 
 class Gradients(NamedTuple):
     """What the backward pass returns; None for an input that is None."""
 
-    x: Tensor  # (g, n, c, *p)
-    residual: Tensor | None  # (g, n, c, *p)
+    x: Tensor  # (n, c, *p)
+    residual: Tensor | None  # (n, c, *p)
     weight: Tensor | None  # (c,)
     bias: Tensor | None  # (c,)
 
@@ -87,7 +86,7 @@ class Backend(Protocol):
     def serves(self, x: Tensor, epilogue: Epilogue) -> bool:
         """Whether this backend computes `x`'s device, dtype, layout and epilogue."""
 
-    def moments(self, x: Tensor, mask: Tensor | None) -> Moments:
+    def moments(self, x: Tensor, mask: Tensor | None, groups: int) -> Moments:
         """Count, mean and m2 of each channel of each group, in one sweep over x."""
 
     def apply(self, x: Tensor, coefficients: Coefficients, epilogue: Epilogue) -> Tensor:
@@ -106,8 +105,8 @@ class Backend(Protocol):
         epilogue: Epilogue,
         slope: Tensor,
         offset: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """dx = scale·(g + (x − center)·slope + offset), and g, which is the residual's gradient.
+    ) -> tuple[Tensor, Tensor | None]:
+        """dx = scale·(g + (x − center)·slope + offset), and g where there is a residual.
 
         The scale stands outside: where it is 1e-30 its product with the slope would be 0.
         """
@@ -119,8 +118,13 @@ class Backend(Protocol):
         bias: Tensor | None,
         eps: float,
         epilogue: Epilogue,
+        groups: int,
+        given: Moments | None,
     ) -> tuple[Tensor, Moments]:
-        """`moments` and `apply` in one, where nobody has to be asked in between."""
+        """`moments` and `apply` in one, where nobody has to be asked in between.
+
+        `given`: the moments where they are known, x's own or constants.
+        """
 
     def backward(
         self,
@@ -133,19 +137,30 @@ class Backend(Protocol):
         epilogue: Epilogue,
         *,
         frozen: bool,
+        affine: bool,
     ) -> Gradients:
-        """`backward_reduce` and `backward_apply` in one; `frozen`: the moments are constants."""
+        """`backward_reduce` and `backward_apply` in one.
+
+        `frozen`: the moments are constants. `affine`: γ's and β's gradients are asked for.
+        """
+
+    def track(
+        self,
+        mean: Tensor,
+        var: Tensor,
+        batches: Tensor | None,
+        batch: Moments,
+        momentum: float | None,
+    ) -> None:
+        """Move running statistics (c,) in place towards a batch's; `batches` counts it.
+
+        A batch with a mean or variance that is not finite is skipped whole.
+        """
 
 
 def accumulator(x: Tensor) -> torch.dtype:
     """The dtype of statistics and sums: float64, but on a device that has none float32."""
     return torch.float32 if x.device.type == "mps" else torch.float64
-
-
-def per_channel(statistic: Tensor, x: Tensor) -> Tensor:
-    """A (g, c) statistic, shaped to broadcast against x (g, n, c, *p)."""
-    groups, channels = statistic.shape
-    return statistic.reshape(groups, 1, channels, *(1,) * (x.ndim - 3))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -161,6 +176,6 @@ def biased(moments: Moments) -> Tensor:
 def coefficients_of(
     x: Tensor, moments: Moments, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Coefficients:
-    """The coefficients that standardize x (g, n, c, *p) with moments (g, c)."""
+    """The coefficients that standardize x (n, c, *p) with moments (g, c)."""
     mean, var = (statistic.to(accumulator(x)) for statistic in (moments.mean, biased(moments)))
     return Coefficients.of(mean, var, weight, bias, eps, compute_dtype(x))

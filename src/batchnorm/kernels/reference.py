@@ -22,7 +22,6 @@ from batchnorm.kernels.contract import (
     biased,
     coefficients_of,
     compute_dtype,
-    per_channel,
 )
 from batchnorm.moments import Moments
 
@@ -34,6 +33,7 @@ __all__ = [
     "forward",
     "moments",
     "serves",
+    "track",
 ]
 
 # Values in a chunk. A float64 copy of so many (1 MB) stays in a core's cache.
@@ -48,29 +48,30 @@ def serves(x: Tensor, epilogue: Epilogue) -> bool:
     return True
 
 
-def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
+def moments(x: Tensor, mask: Tensor | None = None, groups: int = 1) -> Moments:
     """Count, mean and m2 of each channel of each group: (g, c)."""
+    x, epilogue = _grouped(x, Epilogue(mask=mask), groups)
     dims = _reduced(x)
     return Moments.merge(
         Moments.of(part, dims, mask=part_mask, dtype=accumulator(x))
-        for part, part_mask in _chunks(x, mask)
+        for part, part_mask in _chunks(x, epilogue.mask)
     )
 
 
 def apply(x: Tensor, coefficients: Coefficients, epilogue: Epilogue) -> Tensor:
     """y = act((x − center)·scale + shift + residual), 0 where masked."""
-    x, epilogue = _cleaned(x, epilogue)
+    x, epilogue = _prepared(x, epilogue, coefficients)
     y = epilogue.act(_before_activation(x, coefficients, epilogue))
     if epilogue.mask is not None:
         y = y.where(epilogue.mask, 0)
-    return y.to(_output_dtype(x, epilogue))
+    return y.to(_output_dtype(x, epilogue)).flatten(0, 1)
 
 
 def backward_reduce(
     dy: Tensor, x: Tensor, coefficients: Coefficients, epilogue: Epilogue
 ) -> tuple[Tensor, Tensor]:
     """Σg and Σg·(x − center): (g, c) each."""
-    x, epilogue = _cleaned(x, epilogue)
+    x, epilogue = _prepared(x, epilogue, coefficients)
     g = _through_activation(dy, x, coefficients, epilogue)
     return _sums(g, x, coefficients.center)
 
@@ -82,18 +83,25 @@ def backward_apply(
     epilogue: Epilogue,
     slope: Tensor,
     offset: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """dx = scale·(g + (x − center)·slope + offset), and g."""
-    x, epilogue = _cleaned(x, epilogue)
+) -> tuple[Tensor, Tensor | None]:
+    """dx = scale·(g + (x − center)·slope + offset), and g where there is a residual."""
+    x, epilogue = _prepared(x, epilogue, coefficients)
     g = _through_activation(dy, x, coefficients, epilogue)
-    return _input_gradient(g, x, coefficients, epilogue, slope, offset), g
+    dx = _input_gradient(g, x, coefficients, epilogue, slope, offset)
+    return dx, _residual_gradient(g, epilogue)
 
 
 def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, epilogue: Epilogue
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    epilogue: Epilogue,
+    groups: int = 1,
+    given: Moments | None = None,
 ) -> tuple[Tensor, Moments]:
-    """`moments` and `apply`."""
-    batch = moments(x, epilogue.mask)
+    """`moments`, where none are given, and `apply`."""
+    batch = moments(x, epilogue.mask, groups) if given is None else given
     return apply(x, coefficients_of(x, batch, weight, bias, eps), epilogue), batch
 
 
@@ -107,32 +115,76 @@ def backward(
     epilogue: Epilogue,
     *,
     frozen: bool,
+    affine: bool = True,
 ) -> Gradients:
     """`backward_reduce` and `backward_apply`, with g computed once.
 
     dx = s·(g − Σg/n − (x − mean)·Σg(x − mean)/(n·(var + ε))),  s = γ/√(var + ε);
     dx = s·g where the moments are constants (Ioffe & Szegedy 2015, section 3).
     """
-    x, epilogue = _cleaned(x, epilogue)
     coefficients = coefficients_of(x, moments, weight, bias, eps)
+    x, epilogue = _prepared(x, epilogue, coefficients)
     g = _through_activation(dy, x, coefficients, epilogue)
-    total, projection = _sums(g, x, coefficients.center)
-    # the sums are about the rounded center; move them to the mean itself
-    projection = projection + (coefficients.center - moments.mean) * total
-    inverse = torch.rsqrt(biased(moments) + eps)
-    if frozen:
-        slope = offset = torch.zeros_like(total)
-    else:
-        n = moments.count.clamp(min=1)
-        slope = -inverse.square() * projection / n
-        offset = -total / n + (coefficients.center - moments.mean) * slope
+    d_weight = d_bias = None
+    slope = offset = torch.zeros_like(coefficients.scale)
+    if affine or not frozen:
+        total, projection = _sums(g, x, coefficients.center)
+        # the sums are about the rounded center; move them to the mean itself
+        projection = projection + (coefficients.center - moments.mean) * total
+        inverse = torch.rsqrt(biased(moments) + eps)
+        if affine and weight is not None:
+            d_weight = (projection * inverse).sum(0).to(weight.dtype)
+        if affine and bias is not None:
+            d_bias = total.sum(0).to(bias.dtype)
+        if not frozen:
+            n = moments.count.clamp(min=1)
+            slope = -inverse.square() * projection / n
+            offset = -total / n + (coefficients.center - moments.mean) * slope
     dx = _input_gradient(g, x, coefficients, epilogue, slope, offset)
-    return Gradients(
-        dx,
-        None if epilogue.residual is None else g.to(epilogue.residual.dtype),
-        None if weight is None else (projection * inverse).sum(0).to(weight.dtype),
-        None if bias is None else total.sum(0).to(bias.dtype),
-    )
+    return Gradients(dx, _residual_gradient(g, epilogue), d_weight, d_bias)
+
+
+def track(
+    mean: Tensor, var: Tensor, batches: Tensor | None, batch: Moments, momentum: float | None
+) -> None:
+    """Move running statistics (c,) towards a batch's, without waiting for its values."""
+    # a whole batch counts or none of it does, as a gradient scaler skips a whole step;
+    # finite in the buffers' own dtype, which is narrower than the moments'
+    new_mean, new_var = batch.mean.to(mean.dtype), batch.var(unbiased=True).to(var.dtype)
+    usable = (new_mean.isfinite() & new_var.isfinite()).all()
+    share: float | Tensor | None = momentum
+    if batches is not None:
+        batches.add_(usable)
+        if share is None:  # the plain average of all batches
+            share = 1 / batches.clamp(min=1).to(mean.dtype)
+    share = 0.0 if share is None else share
+    for statistic, new in ((mean, new_mean), (var, new_var)):
+        moved = torch.lerp(statistic, new, share)
+        statistic.copy_(torch.where(usable, moved, statistic))
+
+
+def _grouped(x: Tensor, epilogue: Epilogue, groups: int) -> tuple[Tensor, Epilogue]:
+    """Everything of (n, …) seen as (groups, n / groups, …), without a copy."""
+    parts = (x, epilogue.residual, epilogue.mask)
+    sizes = (groups, x.shape[0] // groups)
+    views = [None if p is None else p.unflatten(0, sizes) for p in parts]
+    assert views[0] is not None
+    return views[0], Epilogue(views[1], views[2], epilogue.act)
+
+
+def _prepared(x: Tensor, epilogue: Epilogue, per_group: Coefficients) -> tuple[Tensor, Epilogue]:
+    return _cleaned(*_grouped(x, epilogue, per_group.center.shape[0]))
+
+
+def _per_channel(statistic: Tensor, x: Tensor) -> Tensor:
+    """A (g, c) statistic, shaped to broadcast against x (g, n, c, *p)."""
+    groups, channels = statistic.shape
+    return statistic.reshape(groups, 1, channels, *(1,) * (x.ndim - 3))
+
+
+def _residual_gradient(g: Tensor, epilogue: Epilogue) -> Tensor | None:
+    residual = epilogue.residual
+    return None if residual is None else g.to(residual.dtype).flatten(0, 1)
 
 
 def _output_dtype(x: Tensor, epilogue: Epilogue) -> torch.dtype:
@@ -156,7 +208,7 @@ def _cleaned(x: Tensor, epilogue: Epilogue) -> tuple[Tensor, Epilogue]:
 
 def _before_activation(x: Tensor, coefficients: Coefficients, epilogue: Epilogue) -> Tensor:
     """z = (x − center)·scale + shift + residual."""
-    center, scale, shift = (per_channel(c, x) for c in coefficients)
+    center, scale, shift = (_per_channel(c, x) for c in coefficients)
     z = torch.addcmul(shift, x - center, scale)
     return z if epilogue.residual is None else z + epilogue.residual
 
@@ -165,7 +217,7 @@ def _through_activation(
     dy: Tensor, x: Tensor, coefficients: Coefficients, epilogue: Epilogue
 ) -> Tensor:
     """g = dy · act'(z), 0 where masked; z is computed again, not stored."""
-    g = dy.to(compute_dtype(x))
+    g: Tensor = dy.unflatten(0, x.shape[:2]).to(compute_dtype(x))
     if epilogue.mask is not None:
         g = g.where(epilogue.mask, 0)
     if epilogue.act.name == "identity":
@@ -182,7 +234,7 @@ def _sums(g: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
         assert part_x is not None
         part_g = part_g.to(dtype)
         totals.append(part_g.sum(dims))
-        projections.append((part_g * (part_x - per_channel(center, x))).sum(dims))
+        projections.append((part_g * (part_x - _per_channel(center, x))).sum(dims))
     return torch.stack(totals).sum(0), torch.stack(projections).sum(0)
 
 
@@ -196,12 +248,12 @@ def _input_gradient(
 ) -> Tensor:
     dtype = compute_dtype(x)
     center, scale, slope, offset = (
-        per_channel(c.to(dtype), x) for c in (*coefficients[:2], slope, offset)
+        _per_channel(c.to(dtype), x) for c in (*coefficients[:2], slope, offset)
     )
     dx = torch.addcmul(g + offset, x - center, slope) * scale
     if epilogue.mask is not None:
         dx = dx.where(epilogue.mask, 0)
-    return dx.to(x.dtype)
+    return dx.to(x.dtype).flatten(0, 1)
 
 
 def _chunks(x: Tensor, other: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:

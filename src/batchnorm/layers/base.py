@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.functional import is_traced
+from batchnorm.functional import is_traced, track
 from batchnorm.kernels import IDENTITY, Activation
 from batchnorm.moments import Moments
 from batchnorm.statistics import Batch, Running, RunningStatistics, Statistics
@@ -165,23 +165,13 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         if running is None or _is_recomputation():
             return
         with torch.no_grad():
-            # a whole batch counts or none of it does, as a gradient scaler skips a whole step
-            # finite in the buffers' own dtype, which is narrower than the moments'
-            mean = moments.mean.to(running.mean.dtype)
-            var = moments.var(unbiased=True).to(running.var.dtype)
-            usable = (mean.isfinite() & var.isfinite()).all()
-            if running.batches is not None:
-                try:
-                    running.batches.add_(usable if input.numel() else 1)
-                except RuntimeError as error:
-                    raise _explained(error, self) from error
-            share: float | Tensor | None = self.momentum
-            if share is None and running.batches is not None:  # the plain average of all batches
-                share = 1 / running.batches.clamp(min=1).to(mean.dtype)
-            share = 0.0 if share is None else share
-            for statistic, new in ((running.mean, mean), (running.var, var)):
-                moved = torch.lerp(statistic, new, share)
-                statistic.copy_(torch.where(usable, moved, statistic))
+            try:
+                if input.numel() == 0 and running.batches is not None:
+                    running.batches.add_(1)  # as torch.nn, which counts it and moves nothing
+                else:
+                    track(*running, moments, self.momentum)
+            except RuntimeError as error:
+                raise _explained(error, self) from error
 
     def _check_channels(self, input: Tensor) -> None:
         """As torch.nn, by the tensors there are and not by num_features, which pruning leaves."""

@@ -1,0 +1,1 @@
+"""What Numba compiles: read as Numba's language, not as Python's."""

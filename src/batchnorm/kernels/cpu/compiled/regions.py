@@ -1,0 +1,366 @@
+"""The kernels themselves: what every thread of a team runs, claiming tasks until none is left.
+
+A kernel is a C function of one argument, the address of a record (see library.py). A task is a
+block of channels: all of their values in the fused kernels, one segment of one group in the
+others. The names in capitals are placeholders; each variant of a kernel has its own.
+"""
+
+import inspect
+import math
+from collections import namedtuple
+
+import numpy as np
+from numba import carray
+
+from batchnorm.kernels.cpu.compiled.language import claim, inlined, scratch, span, within
+
+__all__ = ["KERNELS"]
+
+STORAGE = np.float32  # of the tensors; uint16 for bfloat16
+COMPUTE = np.float32  # of the arithmetic
+MOMENTS = APPLY = BACKWARD_REDUCE = BACKWARD_APPLY = None  # the block functions of a family
+
+NEXT, FINISHED = 0, 1  # the record's counters
+PITCH = 2088  # 2048 channels or columns, and some more lest all arrays share their cache sets
+
+Tensors = namedtuple("Tensors", "x y dy dx residual g")
+Room = namedtuple(
+    "Room",
+    "about first second d_weight d_bias column_about column_first column_second "
+    "center scale shift slope offset "
+    "column_center column_scale column_shift column_slope column_offset",
+)
+ROOM_SIZE = PITCH * len(Room._fields)
+
+
+@inlined
+def tensors(a, storage):
+    """The operands of a record; those that a kernel has not are null and never read."""
+    return Tensors(
+        span(a.x, storage, "inputs"),
+        span(a.y, storage, "output"),
+        span(a.dy, storage, "inputs"),
+        span(a.dx, storage, "output"),
+        span(a.residual, storage, "inputs"),
+        span(a.g, storage, "residual gradient"),
+    )
+
+
+@inlined
+def rooms(base, compute):
+    """The arrays of `Room` in one stretch of memory."""
+    return Room(
+        within(base, 0 * PITCH, np.float64, "about"),
+        within(base, 1 * PITCH, np.float64, "first"),
+        within(base, 2 * PITCH, np.float64, "second"),
+        within(base, 3 * PITCH, np.float64, "d_weight"),
+        within(base, 4 * PITCH, np.float64, "d_bias"),
+        within(base, 5 * PITCH, np.float64, "column_about"),
+        within(base, 6 * PITCH, np.float64, "column_first"),
+        within(base, 7 * PITCH, np.float64, "column_second"),
+        within(base, 8 * PITCH, compute, "center"),
+        within(base, 9 * PITCH, compute, "scale"),
+        within(base, 10 * PITCH, compute, "shift"),
+        within(base, 11 * PITCH, compute, "slope"),
+        within(base, 12 * PITCH, compute, "offset"),
+        within(base, 13 * PITCH, compute, "column_center"),
+        within(base, 14 * PITCH, compute, "column_scale"),
+        within(base, 15 * PITCH, compute, "column_shift"),
+        within(base, 16 * PITCH, compute, "column_slope"),
+        within(base, 17 * PITCH, compute, "column_offset"),
+    )
+
+
+@inlined
+def task(a, number):
+    """Group, channels, units and place among the partial results of a task."""
+    segment, block = number % a.segments, number // a.segments
+    group, first = block // a.blocks, block % a.blocks * a.block
+    unit, stop = segment * a.units // a.segments, (segment + 1) * a.units // a.segments
+    at = (group * a.segments + segment) * a.channels + first
+    return group, first, min(first + a.block, a.channels), unit, stop, at
+
+
+@inlined
+def values_before(a, unit):
+    """How many values of a channel lie before a unit of its group."""
+    return unit // a.pieces * a.length + unit % a.pieces * a.piece
+
+
+@inlined
+def compute_coefficients(a, room, group, first, last, compute):
+    """Center, scale and shift as `Coefficients.of`; 1/σ is left in `room.about`."""
+    mean = span(a.mean, np.float64, "per channel")
+    m2 = span(a.m2, np.float64, "per channel")
+    counts = span(a.counts, np.int64, "per channel")
+    weight = span(a.weight, compute, "per channel")
+    bias = span(a.bias, compute, "per channel")
+    for c in range(first, last):
+        at, i = group * a.channels + c, c - first
+        n = max(counts[at], 1) if a.counts != 0 else a.count
+        inverse = 1 / math.sqrt(m2[at] / n + a.eps)
+        scale = inverse * np.float64(weight[c]) if a.weight != 0 else inverse
+        center = compute(mean[at])
+        # what rounding the mean lost comes back through the shift
+        shift = (np.float64(center) - mean[at]) * scale
+        if a.bias != 0:
+            shift += np.float64(bias[c])
+        room.about[i] = inverse
+        room.center[i] = center
+        room.scale[i] = compute(scale)
+        room.shift[i] = compute(shift)
+
+
+@inlined
+def compute_slopes(a, room, group, first, last):
+    """Slope and offset of dx from the sums in `room`; adds up dγ and dβ."""
+    mean = span(a.mean, np.float64, "per channel")
+    counts = span(a.counts, np.int64, "per channel")
+    for i in range(last - first):
+        at = group * a.channels + first + i
+        n = max(counts[at], 1) if a.counts != 0 else a.count
+        inverse, total = room.about[i], room.first[i]
+        # the sums are about the rounded center; move them to the mean itself
+        rounding = np.float64(room.center[i]) - mean[at]
+        projection = room.second[i] + rounding * total
+        slope = 0.0 if a.frozen else -inverse * inverse * projection / n
+        room.d_weight[i] += projection * inverse
+        room.d_bias[i] += total
+        room.slope[i] = slope
+        room.offset[i] = 0.0 if a.frozen else rounding * slope - total / n
+
+
+@inlined
+def store_parameter_gradients(a, room, first, last, compute):
+    """The dγ and dβ that were added up, where they are asked for."""
+    d_weight = span(a.d_weight, compute, "per channel")
+    d_bias = span(a.d_bias, compute, "per channel")
+    for c in range(first, last):
+        if a.d_weight != 0:
+            d_weight[c] = compute(room.d_weight[c - first])
+        if a.d_bias != 0:
+            d_bias[c] = compute(room.d_bias[c - first])
+
+
+@inlined
+def copy_in(a, address, values, group, first, last, compute):
+    """Numbers of a group's channels [first, last), from an array (groups, channels)."""
+    source = span(address, compute, "per channel")
+    for c in range(first, last):
+        values[c - first] = source[group * a.channels + c]
+
+
+@inlined
+def copy_out(a, values, address, group, first, last, compute):
+    """Numbers of a group's channels [first, last), to an array (groups, channels)."""
+    target = span(address, compute, "per channel")
+    for c in range(first, last):
+        target[group * a.channels + c] = values[c - first]
+
+
+def moments(arguments):
+    """Mean and m2 of every channel; the thread that ends last merges the segments."""
+    a = carray(arguments, 1)[0]
+    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), COMPUTE)
+    means = span(a.partial_first, np.float64, "partial")
+    m2s = span(a.partial_second, np.float64, "partial")
+    mean = span(a.mean, np.float64, "per channel")
+    m2 = span(a.m2, np.float64, "per channel")
+    while True:
+        number = claim(arguments, NEXT)
+        if number >= a.tasks:
+            return
+        group, first, last, unit, stop, at = task(a, number)
+        MOMENTS(a, t, room, group, first, last, unit, stop)
+        for i in range(last - first):
+            means[at + i] = room.first[i]
+            m2s[at + i] = room.second[i]
+        if claim(arguments, FINISHED) == a.tasks - 1:
+            for group in range(a.groups):
+                for segment in range(a.segments):
+                    seen = values_before(a, segment * a.units // a.segments)
+                    all_seen = values_before(a, (segment + 1) * a.units // a.segments)
+                    share = (all_seen - seen) / all_seen
+                    at = (group * a.segments + segment) * a.channels
+                    to = group * a.channels
+                    for c in range(a.channels):
+                        old_mean = 0.0 if segment == 0 else mean[to + c]
+                        old_m2 = 0.0 if segment == 0 else m2[to + c]
+                        difference = means[at + c] - old_mean
+                        between = difference * difference * share * seen
+                        mean[to + c] = old_mean + difference * share
+                        m2[to + c] = old_m2 + m2s[at + c] + between
+
+
+def coefficients(arguments):
+    """Center, scale and shift of every channel."""
+    a = carray(arguments, 1)[0]
+    room = rooms(scratch(np.float64, ROOM_SIZE), COMPUTE)
+    for group in range(a.groups):
+        for first in range(0, a.channels, a.block):
+            last = min(first + a.block, a.channels)
+            compute_coefficients(a, room, group, first, last, COMPUTE)
+            copy_out(a, room.center, a.center, group, first, last, COMPUTE)
+            copy_out(a, room.scale, a.scale, group, first, last, COMPUTE)
+            copy_out(a, room.shift, a.shift, group, first, last, COMPUTE)
+
+
+def apply(arguments):
+    """y from coefficients."""
+    a = carray(arguments, 1)[0]
+    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), COMPUTE)
+    while True:
+        number = claim(arguments, NEXT)
+        if number >= a.tasks:
+            return
+        group, first, last, unit, stop, _ = task(a, number)
+        copy_in(a, a.center, room.center, group, first, last, COMPUTE)
+        copy_in(a, a.scale, room.scale, group, first, last, COMPUTE)
+        copy_in(a, a.shift, room.shift, group, first, last, COMPUTE)
+        APPLY(a, t, room, group, first, last, unit, stop)
+
+
+def forward(arguments):
+    """Mean, m2 and y; from the mean and m2 that came where a count came with them."""
+    a = carray(arguments, 1)[0]
+    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), COMPUTE)
+    while True:
+        number = claim(arguments, NEXT)
+        if number >= a.tasks:
+            return
+        group, first, last, unit, stop, _ = task(a, number)
+        if a.counts == 0:
+            MOMENTS(a, t, room, group, first, last, unit, stop)
+            copy_out(a, room.first, a.mean, group, first, last, np.float64)
+            copy_out(a, room.second, a.m2, group, first, last, np.float64)
+        compute_coefficients(a, room, group, first, last, COMPUTE)
+        APPLY(a, t, room, group, first, last, unit, stop)
+
+
+def backward_reduce(arguments):
+    """Σg and Σg·(x − center) of every channel; the thread that ends last adds the segments."""
+    a = carray(arguments, 1)[0]
+    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), COMPUTE)
+    totals = span(a.partial_first, np.float64, "partial")
+    projections = span(a.partial_second, np.float64, "partial")
+    total = span(a.total, np.float64, "per channel")
+    projection = span(a.projection, np.float64, "per channel")
+    while True:
+        number = claim(arguments, NEXT)
+        if number >= a.tasks:
+            return
+        group, first, last, unit, stop, at = task(a, number)
+        copy_in(a, a.center, room.center, group, first, last, COMPUTE)
+        copy_in(a, a.scale, room.scale, group, first, last, COMPUTE)
+        copy_in(a, a.shift, room.shift, group, first, last, COMPUTE)
+        BACKWARD_REDUCE(a, t, room, group, first, last, unit, stop)
+        for i in range(last - first):
+            totals[at + i] = room.first[i]
+            projections[at + i] = room.second[i]
+        if claim(arguments, FINISHED) == a.tasks - 1:
+            for group in range(a.groups):
+                for segment in range(a.segments):
+                    at = (group * a.segments + segment) * a.channels
+                    to = group * a.channels
+                    for c in range(a.channels):
+                        old_total = 0.0 if segment == 0 else total[to + c]
+                        old_projection = 0.0 if segment == 0 else projection[to + c]
+                        total[to + c] = old_total + totals[at + c]
+                        projection[to + c] = old_projection + projections[at + c]
+
+
+def track(arguments):
+    """Move running statistics towards the batch's, unless one of those is no finite number."""
+    a = carray(arguments, 1)[0]
+    mean = span(a.mean, np.float64, "per channel")
+    m2 = span(a.m2, np.float64, "per channel")
+    counts = span(a.counts, np.int64, "per channel")
+    running_mean = span(a.running_mean, STORAGE, "output")
+    running_var = span(a.running_var, STORAGE, "output")
+    batches = span(a.batches, np.int64, "output")
+    for c in range(a.channels):
+        # finite in the buffers' own dtype, which may be narrower than the moments'
+        new_mean, new_var = COMPUTE(mean[c]), COMPUTE(m2[c] / (counts[c] - 1))
+        if not (math.isfinite(new_mean) and math.isfinite(new_var)):
+            return
+    if a.batches != 0:
+        batches[0] += 1
+    share = a.share
+    if share < 0:  # the plain average of all batches
+        share = 1 / max(batches[0], 1) if a.batches != 0 else 0.0
+    for c in range(a.channels):
+        new_mean, new_var = COMPUTE(mean[c]), COMPUTE(m2[c] / (counts[c] - 1))
+        running_mean[c] += COMPUTE(share) * (new_mean - running_mean[c])
+        running_var[c] += COMPUTE(share) * (new_var - running_var[c])
+
+
+def slopes(arguments):
+    """Slope and offset of every channel, dγ and dβ, from the sums."""
+    a = carray(arguments, 1)[0]
+    room = rooms(scratch(np.float64, ROOM_SIZE), COMPUTE)
+    for first in range(0, a.channels, a.block):
+        last = min(first + a.block, a.channels)
+        for i in range(last - first):
+            room.d_weight[i] = room.d_bias[i] = 0.0
+        for group in range(a.groups):
+            compute_coefficients(a, room, group, first, last, COMPUTE)
+            copy_in(a, a.total, room.first, group, first, last, np.float64)
+            copy_in(a, a.projection, room.second, group, first, last, np.float64)
+            compute_slopes(a, room, group, first, last)
+            copy_out(a, room.slope, a.slope, group, first, last, COMPUTE)
+            copy_out(a, room.offset, a.offset, group, first, last, COMPUTE)
+        store_parameter_gradients(a, room, first, last, COMPUTE)
+
+
+def backward_apply(arguments):
+    """dx from coefficients, slope and offset."""
+    a = carray(arguments, 1)[0]
+    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), COMPUTE)
+    while True:
+        number = claim(arguments, NEXT)
+        if number >= a.tasks:
+            return
+        group, first, last, unit, stop, _ = task(a, number)
+        copy_in(a, a.center, room.center, group, first, last, COMPUTE)
+        copy_in(a, a.scale, room.scale, group, first, last, COMPUTE)
+        copy_in(a, a.shift, room.shift, group, first, last, COMPUTE)
+        copy_in(a, a.slope, room.slope, group, first, last, COMPUTE)
+        copy_in(a, a.offset, room.offset, group, first, last, COMPUTE)
+        BACKWARD_APPLY(a, t, room, group, first, last, unit, stop)
+
+
+def backward(arguments):
+    """dx, dγ and dβ; a task has its channels in every group, over which dγ and dβ are sums."""
+    a = carray(arguments, 1)[0]
+    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), COMPUTE)
+    while True:
+        number = claim(arguments, NEXT)
+        if number >= a.blocks:
+            return
+        first = number * a.block
+        last = min(first + a.block, a.channels)
+        for i in range(last - first):
+            room.d_weight[i] = room.d_bias[i] = room.first[i] = room.second[i] = 0.0
+        for group in range(a.groups):
+            compute_coefficients(a, room, group, first, last, COMPUTE)
+            if a.reduces:
+                BACKWARD_REDUCE(a, t, room, group, first, last, 0, a.units)
+            compute_slopes(a, room, group, first, last)
+            BACKWARD_APPLY(a, t, room, group, first, last, 0, a.units)
+        store_parameter_gradients(a, room, first, last, COMPUTE)
+
+
+KERNELS = {
+    kernel.__name__: inspect.unwrap(kernel)
+    for kernel in (
+        moments,
+        coefficients,
+        apply,
+        forward,
+        backward_reduce,
+        slopes,
+        track,
+        backward_apply,
+        backward,
+    )
+}

@@ -1,0 +1,154 @@
+"""Blocks of a tensor whose channels are long rows: (n, c, positions), positions side by side.
+
+A row is cut into pieces; unit u is piece u % pieces of sample u // pieces. Every function here
+works on the channels [first, last) of units [unit, stop) of one group, and takes and leaves its
+per-channel numbers in `room`, from 0 on.
+"""
+
+import numpy as np
+
+from batchnorm.kernels.cpu.compiled.epilogue import Blocks
+from batchnorm.kernels.cpu.compiled.language import inlined, load, store, summing
+
+__all__ = ["rows"]
+
+
+@summing
+def _sum(x, start, length):
+    total = 0.0
+    for i in range(start, start + length):
+        total += np.float64(load(x, i))
+    return total
+
+
+@summing
+def _sums_about(x, start, length, center):
+    total = squares = 0.0
+    for i in range(start, start + length):
+        d = np.float64(load(x, i)) - center
+        total += d
+        squares += d * d
+    return total, squares
+
+
+@inlined
+def _unit(a, group, u):
+    """The sample of unit u, where in its rows the unit starts, and its length."""
+    start = (u % a.pieces) * a.piece
+    return group * a.samples + u // a.pieces, start, min(a.piece, a.length - start)
+
+
+@inlined
+def moments(a, t, room, group, first, last, unit, stop):
+    """Mean and m2 of each channel, in one sweep about the mean of the first unit.
+
+    So no more digits cancel than the count of units has; the sums are float64.
+    """
+    sample, start, length = _unit(a, group, unit)
+    base = sample * a.x_outer + start
+    for c in range(first, last):
+        room.about[c - first] = _sum(t.x, base + c * a.x_inner, length) / length
+        room.first[c - first] = 0.0
+        room.second[c - first] = 0.0
+    count = 0
+    for u in range(unit, stop):
+        sample, start, length = _unit(a, group, u)
+        base = sample * a.x_outer + start
+        count += length
+        for c in range(first, last):
+            about = room.about[c - first]
+            total, squares = _sums_about(t.x, base + c * a.x_inner, length, about)
+            room.first[c - first] += total
+            room.second[c - first] += squares
+    for i in range(last - first):
+        rest = room.first[i] / count
+        room.second[i] = max(room.second[i] - rest * room.first[i], 0.0)
+        room.first[i] = room.about[i] + rest
+
+
+def rows(epilogue):
+    """The block functions of this family with this epilogue."""
+    value, derivative, add, keep = epilogue
+
+    @inlined
+    def through_activation(dy, x, center, scale, shift, residual, at, parameter):
+        z = (x - center) * scale + shift
+        return derivative(dy, add(z, residual, at), parameter)
+
+    @summing
+    def gradient_sums(t, at_dy, at_x, at_residual, length, center, scale, shift, parameter):
+        total = projection = 0.0
+        for i in range(length):
+            dy, x = load(t.dy, at_dy + i), load(t.x, at_x + i)
+            g = through_activation(
+                dy, x, center, scale, shift, t.residual, at_residual + i, parameter
+            )
+            total += np.float64(g)
+            projection += np.float64(g) * np.float64(x - center)
+        return total, projection
+
+    @inlined
+    def apply(a, t, room, group, first, last, unit, stop):
+        """y."""
+        parameter = a.parameter
+        for u in range(unit, stop):
+            sample, start, length = _unit(a, group, u)
+            for c in range(first, last):
+                center, scale = room.center[c - first], room.scale[c - first]
+                shift = room.shift[c - first]
+                at_x = sample * a.x_outer + c * a.x_inner + start
+                at_y = sample * a.y_outer + c * a.y_inner + start
+                at_residual = sample * a.residual_outer + c * a.residual_inner + start
+                for i in range(length):
+                    z = (load(t.x, at_x + i) - center) * scale + shift
+                    z = add(z, t.residual, at_residual + i)
+                    store(t.y, at_y + i, value(z, parameter))
+
+    @inlined
+    def backward_reduce(a, t, room, group, first, last, unit, stop):
+        """Σg and Σg·(x − center) of each channel, in float64."""
+        parameter = a.parameter
+        for i in range(last - first):
+            room.first[i] = 0.0
+            room.second[i] = 0.0
+        for u in range(unit, stop):
+            sample, start, length = _unit(a, group, u)
+            for c in range(first, last):
+                total, projection = gradient_sums(
+                    t,
+                    sample * a.dy_outer + c * a.dy_inner + start,
+                    sample * a.x_outer + c * a.x_inner + start,
+                    sample * a.residual_outer + c * a.residual_inner + start,
+                    length,
+                    room.center[c - first],
+                    room.scale[c - first],
+                    room.shift[c - first],
+                    parameter,
+                )
+                room.first[c - first] += total
+                room.second[c - first] += projection
+
+    @inlined
+    def backward_apply(a, t, room, group, first, last, unit, stop):
+        """dx and, where there is a residual, g."""
+        parameter = a.parameter
+        for u in range(unit, stop):
+            sample, start, length = _unit(a, group, u)
+            for c in range(first, last):
+                center, scale = room.center[c - first], room.scale[c - first]
+                shift = room.shift[c - first]
+                slope, offset = room.slope[c - first], room.offset[c - first]
+                at_dy = sample * a.dy_outer + c * a.dy_inner + start
+                at_x = sample * a.x_outer + c * a.x_inner + start
+                at_dx = sample * a.dx_outer + c * a.dx_inner + start
+                at_residual = sample * a.residual_outer + c * a.residual_inner + start
+                at_g = sample * a.g_outer + c * a.g_inner + start
+                for i in range(length):
+                    dy, x = load(t.dy, at_dy + i), load(t.x, at_x + i)
+                    g = through_activation(
+                        dy, x, center, scale, shift, t.residual, at_residual + i, parameter
+                    )
+                    store(t.dx, at_dx + i, (g + (x - center) * slope + offset) * scale)
+                    keep(t.g, at_g + i, g)
+
+    return Blocks(moments, apply, backward_reduce, backward_apply)

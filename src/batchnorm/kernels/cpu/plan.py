@@ -1,0 +1,149 @@
+"""How a tensor is walked: its family of loops, its blocks, and what makes a task.
+
+Everything here follows from shapes and strides, never from the number of threads, so that the
+same input gives the same bits for any.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+__all__ = ["Layout", "Plan", "layout_of", "plan_for"]
+
+ROOM = 2048  # channels of a block, or columns, at most
+WIDTH = 512  # columns of a block whose values fit the cache
+WIDE = 64  # columns: narrower rows are taken together
+SHORT = 128  # positions: below, a sum over every row costs more than its values
+PIECE = 4096  # values of a long row that are summed in one go
+SLAB = 2**18  # bytes: a block's share of one tensor, so that a core's cache holds three
+LARGEST_SLAB = 2**22  # above, two sweeps over the tensor are as fast
+CACHED = 2**20  # bytes of a tensor that stays in the cores' caches whole
+RUN = 128  # bytes that should lie side by side in a block
+TASKS = 64
+FEW = 8  # tasks are enough to share
+TASK = 2**15  # values: less is not worth a task of its own
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Strides, in values, of a tensor (n, c, *positions) that the kernels can walk."""
+
+    channels_last: bool
+    outer: int  # from sample to sample; channels last: from position to position
+    inner: int  # from channel to channel
+
+
+@lru_cache(maxsize=4096)
+def layout_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> Layout | None:
+    """The layout, where positions follow each other, or channels do; else None."""
+    n, c, *positions = shape
+    length = math.prod(positions)
+    step = expected = None
+    for size, distance in zip(reversed(positions), reversed(stride[2:]), strict=True):
+        if size == 1:
+            continue
+        if step is None:
+            step = expected = distance
+        if distance != expected:
+            return None
+        expected *= size
+    if step == 1:
+        return Layout(False, stride[0], stride[1])
+    if c > 1 and stride[1] != 1:
+        return None
+    if step is None:  # one position
+        return Layout(True, stride[0], 1)
+    if n > 1 and stride[0] != length * step:
+        return None
+    return Layout(True, step, 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the loops go over `groups` slices of a tensor; see rows.py and columns.py."""
+
+    family: str
+    channels_last: bool
+    groups: int
+    channels: int
+    count: int  # values of a channel in a group
+    samples: int  # of a group; where channels are last, positions
+    units: int  # what is cut into segments: samples, or pieces of long rows
+    length: int  # positions side by side, which in columns is columns of a channel
+    pieces: int  # of a long row
+    piece: int  # values of a piece
+    block: int  # channels of a task
+    blocks: int
+    segments: int  # of a group, where a channel is too large for one task
+    repeat: int  # narrow rows taken as one, where they follow each other without a gap
+
+    def fits(self, layout: Layout) -> bool:
+        """Whether the loops can walk a tensor of that layout beside the one planned for."""
+        if self.channels_last or layout.channels_last:
+            return self.channels_last == layout.channels_last
+        return self.family == "rows" or self.channels == 1 or layout.inner == self.length
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether a task has all of its channels' values, so that nobody has to be asked."""
+        return self.segments == 1
+
+    @property
+    def tasks(self) -> int:
+        """What threads share: blocks of a group's channels, in segments."""
+        return self.groups * self.blocks * self.segments
+
+    @cached_property
+    def numbers(self) -> tuple[int, ...]:
+        """In the order of library.PLAN."""
+        return (
+            *(self.groups, self.channels, self.count, self.samples, self.units, self.length),
+            *(self.pieces, self.piece, self.block, self.blocks, self.segments, self.tasks),
+        )
+
+
+@lru_cache(maxsize=4096)
+def plan_for(shape: tuple[int, ...], layout: Layout, groups: int, itemsize: int) -> Plan:
+    """The plan of a tensor (n, c, *positions) with at least one value."""
+    n, c, *positions = shape
+    length = math.prod(positions)
+    samples, count = n // groups, n // groups * length
+    in_columns = layout.channels_last or (length < SHORT and (c == 1 or layout.inner == length))
+    if layout.channels_last:
+        samples, length = count, 1
+    pieces = 1 if in_columns else -(-length // PIECE)
+    units = samples * pieces
+
+    total, channel = count * c * groups, count * itemsize
+    tasks = min(max(total // TASK, 1), FEW)
+    block = min(SLAB // channel, -(-c // tasks))
+    if in_columns:
+        block = min(max(block, RUN // (length * itemsize)), WIDTH // length)
+    block = max(1, min(block, c, ROOM))
+    segments = 1
+    scattered = layout.channels_last and total * itemsize > CACHED  # blocks would be short runs
+    too_few = -(-c // block) * groups < tasks // 2
+    if scattered or too_few or block * channel > LARGEST_SLAB:
+        block = max(1, min(c, ROOM // length if in_columns else ROOM))
+        wanted = min(max(total // TASK, 1), TASKS)
+        segments = min(units, -(-wanted // (groups * -(-c // block))))
+    block = -(-c // -(-c // block))  # as many blocks, of equal size
+    blocks = -(-c // block)
+    return Plan(
+        family="columns" if in_columns else "rows",
+        channels_last=layout.channels_last,
+        groups=groups,
+        channels=c,
+        count=count,
+        samples=samples,
+        units=units,
+        length=length,
+        pieces=pieces,
+        piece=-(-length // pieces),
+        block=block,
+        blocks=blocks,
+        segments=segments,
+        repeat=max(1, WIDE // (c * length)) if in_columns and blocks == 1 else 1,
+    )
