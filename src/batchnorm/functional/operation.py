@@ -9,6 +9,7 @@ plain tensors in eager mode are spared their dispatch, which costs more than a s
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,9 +33,10 @@ def normalize(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         registered = torch.ops.batchnorm.batch_norm(*arguments)
         return registered
     if torch.is_grad_enabled():
-        recorded: tuple[Tensor, Tensor, Tensor, Tensor]
-        recorded = _BatchNorm.apply(*arguments)  # type: ignore[no-untyped-call]
-        return recorded
+        computed: list[Tensor] = []
+        y: Tensor = _record(computed, *arguments)
+        count, mean, m2 = computed
+        return y, count, mean, m2
     return _forward(*arguments)
 
 
@@ -51,7 +53,10 @@ def epilogue_of(
 ) -> Epilogue:
     """The kernels' epilogue from an operation's flat arguments."""
     mask = None if mask is None else mask.unsqueeze(1)
-    return Epilogue(residual, mask, Activation(act, parameter))
+    return Epilogue(residual, mask, _activation(act, parameter))
+
+
+_activation = lru_cache(Activation)  # a call of it would cost as much as a launch
 
 
 def is_plain(tensors: tuple[Any, ...]) -> bool:
@@ -83,7 +88,7 @@ def _laid_out_like(x: Tensor, y: Tensor) -> Tensor:
 def _moments(x: Tensor, mask: Tensor | None, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     epilogue = epilogue_of(None, mask, "identity", 0.0)
     batch = backend_for(x, epilogue).moments(x, epilogue.mask, groups)
-    return batch.count.contiguous(), batch.mean, batch.m2
+    return batch.count, batch.mean, batch.m2
 
 
 def _forward(
@@ -110,7 +115,7 @@ def _forward(
     y, batch = backend.forward(x, weight, bias, eps, epilogue, groups, given)
     y = _laid_out_like(x, y)
     if given is None:
-        return y, batch.count.contiguous(), batch.mean, batch.m2
+        return y, batch.count, batch.mean, batch.m2
     return y, x.new_empty(0), x.new_empty(0), x.new_empty(0)
 
 
@@ -142,9 +147,7 @@ def _gradients(
     return dx, d_residual, d_weight, d_bias
 
 
-def _keep_for_backward(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     x, residual, mask, weight, bias, *given = inputs[:8]
     ctx.settings = inputs[8:]
     ctx.residual_dtype = None if residual is None else residual.dtype
@@ -152,13 +155,15 @@ def _keep_for_backward(
     # only the derivative of an activation asks for the residual again
     kept = None if ctx.settings[3] == "identity" else residual
     ctx.save_for_backward(x, kept, mask, weight, bias, *moments)
-    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiated(
+    ctx: Any, dy: Tensor, learns_weight: bool, learns_bias: bool
+) -> tuple[Tensor | None, ...]:
+    """The gradients of all arguments."""
     saved = ctx.saved_tensors
     x, residual, mask, weight, bias = saved[:5]
-    affine = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    affine = learns_weight or learns_bias
     if torch.is_grad_enabled():
         gradients = _differentiable_gradients(ctx, dy)
     elif is_plain((dy, x, residual, weight, bias)):
@@ -193,9 +198,25 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]
 
 
 class _BatchNorm(torch.autograd.Function):
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_keep_for_backward)
-    backward = staticmethod(_backward)
+    """The same in eager mode, where what autograd does for each output costs more than a kernel.
+
+    So the moments leave by a list. (And a `setup_context` would cost more than all the rest.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, computed: list[Tensor], *arguments: Any) -> Tensor:
+        output = _forward(*arguments)
+        computed.extend(output[1:])
+        _keep(ctx, arguments, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_differentiated(ctx, dy, *ctx.needs_input_grad[4:6])
+
+
+# past a wrapper that looks for torch.func's transforms, which get the composite form
+_record: Any = super(torch.autograd.Function, _BatchNorm).apply
 
 
 _registered_moments = torch.library.custom_op(
@@ -241,7 +262,18 @@ def _(
     return y, *torch.ops.batchnorm.moments(x, mask, groups)
 
 
-_registered.register_autograd(_backward, setup_context=_keep_for_backward)
+def _keep_registered(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> None:
+    _keep(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward_registered(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return _differentiated(ctx, dy, *ctx.needs_input_grad[3:5])
+
+
+_registered.register_autograd(_backward_registered, setup_context=_keep_registered)
 
 
 @torch.library.custom_op(

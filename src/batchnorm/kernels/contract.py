@@ -7,7 +7,6 @@ apart, one for plain batch norm, several for ghost batches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -61,8 +60,7 @@ class Coefficients(NamedTuple):
         return cls(center, scale.to(dtype), shift.to(dtype))
 
 
-@dataclass(frozen=True)
-class Epilogue:
+class Epilogue(NamedTuple):
     """What is fused behind a normalization: y = act(normalized + residual), 0 where masked."""
 
     residual: Tensor | None = None  # (n, c, *p)

@@ -8,7 +8,6 @@ of an exp or tanh depends on whether it fell into a vector or into a thread's sc
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -52,10 +51,11 @@ def moments(x: Tensor, mask: Tensor | None = None, groups: int = 1) -> Moments:
     """Count, mean and m2 of each channel of each group: (g, c)."""
     x, epilogue = _grouped(x, Epilogue(mask=mask), groups)
     dims = _reduced(x)
-    return Moments.merge(
+    batch = Moments.merge(
         Moments.of(part, dims, mask=part_mask, dtype=accumulator(x))
         for part, part_mask in _chunks(x, epilogue.mask)
     )
+    return Moments(batch.count.contiguous(), batch.mean, batch.m2)
 
 
 def apply(x: Tensor, coefficients: Coefficients, epilogue: Epilogue) -> Tensor:
@@ -203,7 +203,7 @@ def _cleaned(x: Tensor, epilogue: Epilogue) -> tuple[Tensor, Epilogue]:
     if mask is None:
         return x, epilogue
     residual = None if residual is None else residual.where(mask, 0)
-    return x.where(mask, 0), dataclasses.replace(epilogue, residual=residual)
+    return x.where(mask, 0), epilogue._replace(residual=residual)
 
 
 def _before_activation(x: Tensor, coefficients: Coefficients, epilogue: Epilogue) -> Tensor:

@@ -97,22 +97,22 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         fit, for eps ≤ 0 in training, and where training leaves one value per channel.
         """
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        policy = self._policy()
+        policy, weight, bias, running = self._policy(), self.weight, self.bias, self._running()
         if not is_traced():
-            self._check_channels(input)
+            self._check_channels(input, weight, bias, *(running or ())[:2])
             self._check_has_variance(input, policy)
         y, moments = policy.normalize(
             input,
-            self.weight,
-            self.bias,
-            self._running(),
+            weight,
+            bias,
+            running,
             residual=residual,
             mask=mask,
             eps=self.eps,
             act=self.act,
         )
-        if moments is not None and self.training and self.track_running_stats:
-            self._track(moments, input)
+        if moments is not None and running is not None and self._tracks():
+            self._track(running, moments, input)
         return y
 
     def freeze(self: _Layer) -> _Layer:
@@ -156,14 +156,16 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         return Batch() if self.running_mean is None else Running()
 
     def _running(self) -> RunningStatistics | None:
-        mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
+        buffers = self._buffers  # attributes of a module take a detour
+        mean, var = buffers.get("running_mean"), buffers.get("running_var")
+        count = buffers.get("num_batches_tracked")
         return None if mean is None or var is None else RunningStatistics(mean, var, count)
 
-    def _track(self, moments: Moments, input: Tensor) -> None:
+    def _tracks(self) -> bool:
+        return self.training and self.track_running_stats and not _is_recomputation()
+
+    def _track(self, running: RunningStatistics, moments: Moments, input: Tensor) -> None:
         """Move the running statistics towards a batch's, without waiting for its values."""
-        running = self._running()
-        if running is None or _is_recomputation():
-            return
         with torch.no_grad():
             try:
                 if input.numel() == 0 and running.batches is not None:
@@ -173,9 +175,8 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             except RuntimeError as error:
                 raise _explained(error, self) from error
 
-    def _check_channels(self, input: Tensor) -> None:
+    def _check_channels(self, input: Tensor, *held: Tensor | None) -> None:
         """As torch.nn, by the tensors there are and not by num_features, which pruning leaves."""
-        held = (self.weight, self.bias, self.running_mean, self.running_var)
         for tensor in held:
             if tensor is not None and tensor.shape[0] != input.shape[1]:
                 raise ValueError(

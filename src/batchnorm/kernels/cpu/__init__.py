@@ -10,9 +10,9 @@ from torch import Tensor
 
 from batchnorm.kernels import reference
 from batchnorm.kernels.contract import Coefficients, Epilogue, Gradients, compute_dtype
-from batchnorm.kernels.cpu.launch import STORAGE, launch
+from batchnorm.kernels.cpu.launcher import STORAGE, Settings, launch
 from batchnorm.kernels.cpu.library import reason_without
-from batchnorm.kernels.cpu.plan import Layout, Plan, layout_of, plan_for
+from batchnorm.kernels.cpu.plan import Plan, layout_of, plan_of
 from batchnorm.moments import Moments
 
 __all__ = [
@@ -108,9 +108,9 @@ def forward(
         counts = given.count.contiguous()
     if plan.is_fused:
         launch(
-            "forward", plan, x.dtype, epilogue, x=x, y=y,
+            "forward", plan, x.dtype, Settings(eps, *_act(epilogue)), x=x, y=y,
             residual=_residual(epilogue, x, plan), mean=mean, m2=m2, counts=counts,
-            weight=weight, bias=bias, eps=eps,
+            weight=weight, bias=bias,
         )  # fmt: skip
     else:
         if given is None:
@@ -144,10 +144,9 @@ def backward(
     reduces = not frozen or d_weight is not None or d_bias is not None
     if plan.is_fused:
         launch(
-            "backward", plan, x.dtype, epilogue, x=x, dy=dy, dx=dx, g=g,
-            residual=_residual(epilogue, x, plan), mean=mean, m2=m2, counts=counts, eps=eps,
-            weight=wide_weight, bias=wide_bias, d_weight=d_weight, d_bias=d_bias, frozen=frozen,
-            reduces=reduces,
+            "backward", plan, x.dtype, Settings(eps, *_act(epilogue), frozen, reduces), x=x,
+            dy=dy, dx=dx, g=g, residual=_residual(epilogue, x, plan), mean=mean, m2=m2,
+            counts=counts, weight=wide_weight, bias=wide_bias, d_weight=d_weight, d_bias=d_bias,
         )  # fmt: skip
     else:
         coefficients = _coefficients(x, plan, mean, m2, counts, wide_weight, wide_bias, eps)
@@ -156,9 +155,10 @@ def backward(
             total, projection = _statistics(plan)
             _backward_reduce(dy, x, plan, coefficients, epilogue, total, projection)
             launch(
-                "slopes", plan, x.dtype, total=total, projection=projection, slope=slope,
-                offset=offset, mean=mean, m2=m2, counts=counts, eps=eps, weight=wide_weight,
-                bias=wide_bias, d_weight=d_weight, d_bias=d_bias, frozen=frozen,
+                "slopes", plan, x.dtype, Settings(eps, frozen=frozen), total=total,
+                projection=projection, slope=slope, offset=offset, mean=mean, m2=m2,
+                counts=counts, weight=wide_weight, bias=wide_bias, d_weight=d_weight,
+                d_bias=d_bias,
             )  # fmt: skip
         _backward_apply(dy, x, plan, coefficients, epilogue, slope, offset, dx, g)
     return Gradients(dx, g, _like(d_weight, weight), _like(d_bias, bias))
@@ -172,24 +172,30 @@ def track(
     if var.dtype != mean.dtype or not all(t.is_contiguous() for t in buffers):
         reference.track(mean, var, batches, batch, momentum)
         return
-    (channels,) = mean.shape
+    plan = plan_of((1, *mean.shape), (1, 1), 1, mean.dtype.itemsize)
+    assert plan is not None
     launch(
-        "track", plan_for((1, channels), Layout(True, channels, 1), 1, mean.dtype.itemsize),
-        mean.dtype, running_mean=mean, running_var=var, batches=batches, counts=batch.count,
-        mean=_as(batch.mean, torch.float64), m2=_as(batch.m2, torch.float64),
-        share=-1.0 if momentum is None else momentum,
+        "track", plan,
+        mean.dtype, Settings(share=-1.0 if momentum is None else momentum), running_mean=mean,
+        running_var=var, batches=batches, counts=batch.count, mean=_as(batch.mean, torch.float64),
+        m2=_as(batch.m2, torch.float64),
     )  # fmt: skip
-    torch.autograd.graph.increment_version(buffers)
+    if batches is not None:  # as torch.nn, whose kernel moves the other two unseen
+        torch.autograd.graph.increment_version(batches)
 
 
 def _planned(x: Tensor, groups: int) -> tuple[Tensor, Plan]:
     """x, copied where its strides are none that the kernels walk, and its plan."""
-    layout = layout_of(tuple(x.shape), x.stride())
-    if layout is None:
+    plan = plan_of(x.shape, x.stride(), groups, x.dtype.itemsize)
+    if plan is None:
         x = x.contiguous()
-        layout = layout_of(tuple(x.shape), x.stride())
-        assert layout is not None
-    return x, plan_for(tuple(x.shape), layout, groups, x.dtype.itemsize)
+        plan = plan_of(x.shape, x.stride(), groups, x.dtype.itemsize)
+        assert plan is not None
+    return x, plan
+
+
+def _act(epilogue: Epilogue) -> tuple[str, float]:
+    return epilogue.act.name, epilogue.act.parameter
 
 
 def _residual(epilogue: Epilogue, x: Tensor, plan: Plan) -> Tensor | None:
@@ -199,7 +205,10 @@ def _residual(epilogue: Epilogue, x: Tensor, plan: Plan) -> Tensor | None:
 def _fitting(tensor: Tensor, x: Tensor, plan: Plan) -> Tensor:
     """A tensor of x's shape as it is where the plan fits its strides and dtype, else a copy."""
     if tensor.dtype == x.dtype and not tensor.is_neg():
-        layout = layout_of(tuple(tensor.shape), tensor.stride())
+        stride = tensor.stride()
+        if stride == x.stride():
+            return tensor
+        layout = layout_of(plan.shape, stride)
         if layout is not None and plan.fits(layout):
             return tensor
     return torch.empty_like(x).copy_(tensor)
@@ -226,8 +235,8 @@ def _coefficients(
     parts = torch.empty((3, plan.groups, plan.channels), dtype=compute_dtype(x))
     coefficients = Coefficients(*parts)
     launch(
-        "coefficients", plan, x.dtype, mean=mean, m2=m2, counts=counts, weight=weight, bias=bias,
-        eps=eps, **coefficients._asdict(),
+        "coefficients", plan, x.dtype, Settings(eps), mean=mean, m2=m2, counts=counts,
+        weight=weight, bias=bias, **coefficients._asdict(),
     )  # fmt: skip
     return coefficients
 
@@ -236,7 +245,7 @@ def _apply(
     x: Tensor, plan: Plan, coefficients: Coefficients, epilogue: Epilogue, y: Tensor
 ) -> None:
     launch(
-        "apply", plan, x.dtype, epilogue, x=x, y=y,
+        "apply", plan, x.dtype, Settings(0.0, *_act(epilogue)), x=x, y=y,
         residual=_residual(epilogue, x, plan), **coefficients._asdict(),
     )  # fmt: skip
 
@@ -252,7 +261,7 @@ def _backward_reduce(
 ) -> None:
     partial = _partial(plan)
     launch(
-        "backward_reduce", plan, x.dtype, epilogue, x=x, dy=dy,
+        "backward_reduce", plan, x.dtype, Settings(0.0, *_act(epilogue)), x=x, dy=dy,
         residual=_residual(epilogue, x, plan), total=total, projection=projection,
         partial_first=partial[0], partial_second=partial[1], **coefficients._asdict(),
     )  # fmt: skip
@@ -270,7 +279,7 @@ def _backward_apply(
     g: Tensor | None,
 ) -> None:
     launch(
-        "backward_apply", plan, x.dtype, epilogue, x=x, dy=dy, dx=dx, g=g,
+        "backward_apply", plan, x.dtype, Settings(0.0, *_act(epilogue)), x=x, dy=dy, dx=dx, g=g,
         residual=_residual(epilogue, x, plan), slope=slope, offset=offset,
         **coefficients._asdict(),
     )  # fmt: skip
@@ -293,7 +302,9 @@ def _counts(plan: Plan) -> Tensor:
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A small tensor as the kernels read it: of one dtype and without gaps."""
-    return tensor.to(dtype).contiguous()
+    if tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _parameter(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -301,4 +312,6 @@ def _parameter(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
+    if gradient is None or parameter is None or gradient.dtype == parameter.dtype:
+        return gradient
+    return gradient.to(parameter.dtype)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import struct
 import types
 from functools import cache
 from importlib.util import find_spec
@@ -15,10 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 __all__ = [
+    "ADDRESSES",
     "COUNTERS",
-    "FIELDS",
     "FRACTIONS",
-    "RECORD",
+    "PLAN",
+    "SETTINGS",
+    "STRIDES",
     "Variant",
     "address_of",
     "reason_without",
@@ -27,21 +28,22 @@ __all__ = [
 COUNTERS = ("next", "finished")  # first: by which threads share the tasks
 PLAN = (  # Plan.numbers
     *("groups", "channels", "count", "samples", "units", "length", "pieces", "piece"),
-    *("block", "blocks", "segments", "tasks"),
+    *("block", "blocks", "segments", "tasks", "pitch"),
 )
-OPERANDS = (
-    *("x", "x_outer", "x_inner", "y", "y_outer", "y_inner"),
-    *("dy", "dy_outer", "dy_inner", "dx", "dx_outer", "dx_inner"),
-    *("residual", "residual_outer", "residual_inner", "g", "g_outer", "g_inner"),
+STRIDES = (
+    *("x_outer", "x_inner", "y_outer", "y_inner", "dy_outer", "dy_inner", "dx_outer", "dx_inner"),
+    *("residual_outer", "residual_inner", "g_outer", "g_inner", "repeat"),
+)
+SETTINGS = ("frozen", "reduces")
+FRACTIONS = ("eps", "share", "parameter")
+ADDRESSES = (
+    *("x", "y", "dy", "dx", "residual", "g"),
     *("counts", "mean", "m2", "weight", "bias", "center", "scale", "shift", "slope", "offset"),
     *("partial_first", "partial_second", "total", "projection", "d_weight", "d_bias"),
     *("running_mean", "running_var", "batches"),
-    *("repeat", "frozen", "reduces"),
 )
-FRACTIONS = ("eps", "parameter", "share")
-FIELDS = (*COUNTERS, *PLAN, *OPERANDS, *FRACTIONS)
-"""What a kernel is given: whole numbers, addresses and strides, and then fractions."""
-RECORD = struct.Struct(f"={len(FIELDS) - len(FRACTIONS)}q{len(FRACTIONS)}d")
+FIELDS = (*COUNTERS, *PLAN, *STRIDES, *SETTINGS, *FRACTIONS, *ADDRESSES)
+"""What a kernel is given, in this order, eight bytes each."""
 
 
 class Variant(NamedTuple):

@@ -10,9 +10,11 @@ import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-__all__ = ["Layout", "Plan", "layout_of", "plan_for"]
+__all__ = ["LARGEST_PITCH", "Layout", "Plan", "layout_of", "plan_for", "plan_of"]
 
 ROOM = 2048  # channels of a block, or columns, at most
+MARGIN = 40  # between the arrays of a block's numbers, lest they share their cache sets
+LARGEST_PITCH = ROOM + MARGIN
 WIDTH = 512  # columns of a block whose values fit the cache
 WIDE = 64  # columns: narrower rows are taken together
 SHORT = 128  # positions: below, a sum over every row costs more than its values
@@ -60,10 +62,11 @@ def layout_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> Layout | None:
     return Layout(True, step, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object a plan, so that looking it up is cheap
 class Plan:
     """How the loops go over `groups` slices of a tensor; see rows.py and columns.py."""
 
+    shape: tuple[int, ...]  # of the tensor
     family: str
     channels_last: bool
     groups: int
@@ -90,10 +93,20 @@ class Plan:
         """Whether a task has all of its channels' values, so that nobody has to be asked."""
         return self.segments == 1
 
-    @property
+    @cached_property
+    def size(self) -> int:
+        """Values of the whole tensor."""
+        return self.groups * self.channels * self.count
+
+    @cached_property
     def tasks(self) -> int:
         """What threads share: blocks of a group's channels, in segments."""
         return self.groups * self.blocks * self.segments
+
+    @property
+    def pitch(self) -> int:
+        """From one array of a block's numbers to the next: one for each channel or column."""
+        return self.block * (self.length * self.repeat if self.family == "columns" else 1) + MARGIN
 
     @cached_property
     def numbers(self) -> tuple[int, ...]:
@@ -101,12 +114,21 @@ class Plan:
         return (
             *(self.groups, self.channels, self.count, self.samples, self.units, self.length),
             *(self.pieces, self.piece, self.block, self.blocks, self.segments, self.tasks),
+            self.pitch,
         )
 
 
 @lru_cache(maxsize=4096)
+def plan_of(
+    shape: tuple[int, ...], stride: tuple[int, ...], groups: int, itemsize: int
+) -> Plan | None:
+    """The plan of a tensor (n, c, *positions) with at least one value, if it can be walked."""
+    layout = layout_of(shape, stride)
+    return None if layout is None else plan_for(tuple(shape), layout, groups, itemsize)
+
+
 def plan_for(shape: tuple[int, ...], layout: Layout, groups: int, itemsize: int) -> Plan:
-    """The plan of a tensor (n, c, *positions) with at least one value."""
+    """The plan of a tensor (n, c, *positions) of that layout."""
     n, c, *positions = shape
     length = math.prod(positions)
     samples, count = n // groups, n // groups * length
@@ -132,6 +154,7 @@ def plan_for(shape: tuple[int, ...], layout: Layout, groups: int, itemsize: int)
     block = -(-c // -(-c // block))  # as many blocks, of equal size
     blocks = -(-c // block)
     return Plan(
+        shape=shape,
         family="columns" if in_columns else "rows",
         channels_last=layout.channels_last,
         groups=groups,

@@ -15,7 +15,6 @@ from batchnorm.kernels.cpu.compiled.language import inlined, load, size_of, stor
 
 __all__ = ["columns"]
 
-FIRST_ROWS = 8
 NARROW, PAGE = 1024, 4096  # bytes
 
 
@@ -83,9 +82,9 @@ def _add_about(x, start, stride, rows, width, about, total, squares):
 
 @inlined
 def moments(a, t, room, group, first, last, row, stop):
-    """Mean and m2 of each channel, in one sweep about the mean of the first rows.
+    """Mean and m2 of each channel, in one sweep about the mean of its first few values.
 
-    So no more digits cancel than the count of rows has; the sums are float64.
+    So no more digits cancel than the count of values has; the sums are float64.
     """
     rows, width, rest = _shape(a, first, last, row, stop)
     channels = last - first
@@ -95,7 +94,7 @@ def moments(a, t, room, group, first, last, row, stop):
         room.column_about[j] = 0.0
         room.column_first[j] = 0.0
         room.column_second[j] = 0.0
-    head = min(rows, FIRST_ROWS)
+    head = min(rows, 1 + 3 // (a.length * a.repeat))
     if head > 0:
         _add_about(
             t.x, start, stride, head, width, room.column_about, room.column_first,

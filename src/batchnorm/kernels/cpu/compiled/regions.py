@@ -13,6 +13,7 @@ import numpy as np
 from numba import carray
 
 from batchnorm.kernels.cpu.compiled.language import claim, inlined, scratch, span, within
+from batchnorm.kernels.cpu.plan import LARGEST_PITCH
 
 __all__ = ["KERNELS"]
 
@@ -21,7 +22,6 @@ COMPUTE = np.float32  # of the arithmetic
 MOMENTS = APPLY = BACKWARD_REDUCE = BACKWARD_APPLY = None  # the block functions of a family
 
 NEXT, FINISHED = 0, 1  # the record's counters
-PITCH = 2088  # 2048 channels or columns, and some more lest all arrays share their cache sets
 
 Tensors = namedtuple("Tensors", "x y dy dx residual g")
 Room = namedtuple(
@@ -30,7 +30,7 @@ Room = namedtuple(
     "center scale shift slope offset "
     "column_center column_scale column_shift column_slope column_offset",
 )
-ROOM_SIZE = PITCH * len(Room._fields)
+ROOM_SIZE = LARGEST_PITCH * len(Room._fields)
 
 
 @inlined
@@ -47,27 +47,27 @@ def tensors(a, storage):
 
 
 @inlined
-def rooms(base, compute):
-    """The arrays of `Room` in one stretch of memory."""
+def rooms(base, pitch, compute):
+    """The arrays of `Room` in one stretch of memory, no longer than the plan needs."""
     return Room(
-        within(base, 0 * PITCH, np.float64, "about"),
-        within(base, 1 * PITCH, np.float64, "first"),
-        within(base, 2 * PITCH, np.float64, "second"),
-        within(base, 3 * PITCH, np.float64, "d_weight"),
-        within(base, 4 * PITCH, np.float64, "d_bias"),
-        within(base, 5 * PITCH, np.float64, "column_about"),
-        within(base, 6 * PITCH, np.float64, "column_first"),
-        within(base, 7 * PITCH, np.float64, "column_second"),
-        within(base, 8 * PITCH, compute, "center"),
-        within(base, 9 * PITCH, compute, "scale"),
-        within(base, 10 * PITCH, compute, "shift"),
-        within(base, 11 * PITCH, compute, "slope"),
-        within(base, 12 * PITCH, compute, "offset"),
-        within(base, 13 * PITCH, compute, "column_center"),
-        within(base, 14 * PITCH, compute, "column_scale"),
-        within(base, 15 * PITCH, compute, "column_shift"),
-        within(base, 16 * PITCH, compute, "column_slope"),
-        within(base, 17 * PITCH, compute, "column_offset"),
+        within(base, 0 * pitch, np.float64, "about"),
+        within(base, 1 * pitch, np.float64, "first"),
+        within(base, 2 * pitch, np.float64, "second"),
+        within(base, 3 * pitch, np.float64, "d_weight"),
+        within(base, 4 * pitch, np.float64, "d_bias"),
+        within(base, 5 * pitch, np.float64, "column_about"),
+        within(base, 6 * pitch, np.float64, "column_first"),
+        within(base, 7 * pitch, np.float64, "column_second"),
+        within(base, 8 * pitch, compute, "center"),
+        within(base, 9 * pitch, compute, "scale"),
+        within(base, 10 * pitch, compute, "shift"),
+        within(base, 11 * pitch, compute, "slope"),
+        within(base, 12 * pitch, compute, "offset"),
+        within(base, 13 * pitch, compute, "column_center"),
+        within(base, 14 * pitch, compute, "column_scale"),
+        within(base, 15 * pitch, compute, "column_shift"),
+        within(base, 16 * pitch, compute, "column_slope"),
+        within(base, 17 * pitch, compute, "column_offset"),
     )
 
 
@@ -161,7 +161,7 @@ def copy_out(a, values, address, group, first, last, compute):
 def moments(arguments):
     """Mean and m2 of every channel; the thread that ends last merges the segments."""
     a = carray(arguments, 1)[0]
-    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), COMPUTE)
+    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), a.pitch, COMPUTE)
     means = span(a.partial_first, np.float64, "partial")
     m2s = span(a.partial_second, np.float64, "partial")
     mean = span(a.mean, np.float64, "per channel")
@@ -195,7 +195,7 @@ def moments(arguments):
 def coefficients(arguments):
     """Center, scale and shift of every channel."""
     a = carray(arguments, 1)[0]
-    room = rooms(scratch(np.float64, ROOM_SIZE), COMPUTE)
+    room = rooms(scratch(np.float64, ROOM_SIZE), a.pitch, COMPUTE)
     for group in range(a.groups):
         for first in range(0, a.channels, a.block):
             last = min(first + a.block, a.channels)
@@ -208,7 +208,7 @@ def coefficients(arguments):
 def apply(arguments):
     """y from coefficients."""
     a = carray(arguments, 1)[0]
-    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), COMPUTE)
+    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), a.pitch, COMPUTE)
     while True:
         number = claim(arguments, NEXT)
         if number >= a.tasks:
@@ -223,7 +223,7 @@ def apply(arguments):
 def forward(arguments):
     """Mean, m2 and y; from the mean and m2 that came where a count came with them."""
     a = carray(arguments, 1)[0]
-    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), COMPUTE)
+    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), a.pitch, COMPUTE)
     while True:
         number = claim(arguments, NEXT)
         if number >= a.tasks:
@@ -240,7 +240,7 @@ def forward(arguments):
 def backward_reduce(arguments):
     """Σg and Σg·(x − center) of every channel; the thread that ends last adds the segments."""
     a = carray(arguments, 1)[0]
-    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), COMPUTE)
+    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), a.pitch, COMPUTE)
     totals = span(a.partial_first, np.float64, "partial")
     projections = span(a.partial_second, np.float64, "partial")
     total = span(a.total, np.float64, "per channel")
@@ -297,7 +297,7 @@ def track(arguments):
 def slopes(arguments):
     """Slope and offset of every channel, dγ and dβ, from the sums."""
     a = carray(arguments, 1)[0]
-    room = rooms(scratch(np.float64, ROOM_SIZE), COMPUTE)
+    room = rooms(scratch(np.float64, ROOM_SIZE), a.pitch, COMPUTE)
     for first in range(0, a.channels, a.block):
         last = min(first + a.block, a.channels)
         for i in range(last - first):
@@ -315,7 +315,7 @@ def slopes(arguments):
 def backward_apply(arguments):
     """dx from coefficients, slope and offset."""
     a = carray(arguments, 1)[0]
-    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), COMPUTE)
+    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), a.pitch, COMPUTE)
     while True:
         number = claim(arguments, NEXT)
         if number >= a.tasks:
@@ -332,7 +332,7 @@ def backward_apply(arguments):
 def backward(arguments):
     """dx, dγ and dβ; a task has its channels in every group, over which dγ and dβ are sums."""
     a = carray(arguments, 1)[0]
-    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), COMPUTE)
+    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), a.pitch, COMPUTE)
     while True:
         number = claim(arguments, NEXT)
         if number >= a.blocks:
