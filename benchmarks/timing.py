@@ -2,32 +2,54 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 
 def in_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round: one after the other, so that noise hits all alike.
+    """Seconds of each candidate in each round: one after the other, so noise hits all alike."""
+
+    def whole(work: Callable[[], object]) -> Callable[[], Iterator[None]]:
+        def lap() -> Iterator[None]:
+            work()
+            yield
+
+        return lap
+
+    laps = laps_in_turns({name: whole(work) for name, work in candidates.items()}, rounds)
+    return {name: [seconds for (seconds,) in times] for name, times in laps.items()}
+
+
+def laps_in_turns(
+    candidates: dict[str, Callable[[], Iterator[None]]], rounds: int
+) -> dict[str, list[tuple[float, ...]]]:
+    """As `in_turns`, for candidates of several parts: seconds up to each of their `yield`s.
 
     Every second round goes backwards, so that none always follows the same other.
     """
     for work in candidates.values():  # caches, allocators and lazy set-up
         for _ in range(3):
-            work()
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+            _laps(work)
+    seconds: dict[str, list[tuple[float, ...]]] = {name: [] for name in candidates}
     order = list(candidates.items())
     for _ in range(rounds):
         order.reverse()
         for name, work in order:
-            start = time.perf_counter()
-            work()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(_laps(work))
     return seconds
+
+
+def _laps(work: Callable[[], Iterator[None]]) -> tuple[float, ...]:
+    times = [time.perf_counter()]
+    for _ in work():
+        times.append(time.perf_counter())  # noqa: PERF401 - a comprehension's set-up would count
+    return tuple(b - a for a, b in itertools.pairwise(times))
 
 
 def ratio(ours: list[float], theirs: list[float]) -> str:

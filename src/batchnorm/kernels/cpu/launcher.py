@@ -28,7 +28,7 @@ __all__ = ["NO_SETTINGS", "STORAGE", "Settings", "launch"]
 STORAGE = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "uint16"}
 """The dtypes that the kernels know, and what NumPy calls the memory of each."""
 
-ALONE = 2**15  # values: fewer are done before a second thread has begun
+ALONE = 2**16  # values: fewer are done before a second thread has begun
 WALKED = 6  # so many of the addresses, the first, come with strides
 
 

@@ -19,13 +19,14 @@ WIDTH = 512  # columns of a block whose values fit the cache
 WIDE = 64  # columns: narrower rows are taken together
 SHORT = 128  # positions: below, a sum over every row costs more than its values
 PIECE = 4096  # values of a long row that are summed in one go
-SLAB = 2**18  # bytes: a block's share of one tensor, so that a core's cache holds three
+SLAB = 2**20  # bytes: a block's share of one tensor, so that the caches hold three
 LARGEST_SLAB = 2**22  # above, two sweeps over the tensor are as fast
 CACHED = 2**20  # bytes of a tensor that stays in the cores' caches whole
 RUN = 128  # bytes that should lie side by side in a block
 TASKS = 64
 FEW = 8  # tasks are enough to share
-TASK = 2**15  # values: less is not worth a task of its own
+TASK = 2**16  # values: less is not worth a task of its own
+SEGMENT = 2**17  # values: each segment leaves two numbers for every channel
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def plan_for(shape: tuple[int, ...], layout: Layout, groups: int, itemsize: int)
     too_few = -(-c // block) * groups < tasks // 2
     if scattered or too_few or block * channel > LARGEST_SLAB:
         block = max(1, min(c, ROOM // length if in_columns else ROOM))
-        wanted = min(max(total // TASK, 1), TASKS)
+        wanted = min(max(total // SEGMENT, 1), TASKS)
         segments = min(units, -(-wanted // (groups * -(-c // block))))
     block = -(-c // -(-c // block))  # as many blocks, of equal size
     blocks = -(-c // block)
