@@ -9,7 +9,6 @@ import hashlib
 import os
 import types
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,11 +60,11 @@ def reason_without() -> str | None:
     """Why there are no compiled kernels here; None where there are."""
     if os.environ.get("BATCHNORM_KERNELS") == "reference":
         return "switched off by BATCHNORM_KERNELS=reference"
-    if find_spec("numba") is None:
-        return "Numba is not installed; pip install 'batchnorm[cpu]'"
     try:
         import numba  # noqa: F401
     except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "numba":
+            return "Numba is not installed; pip install 'batchnorm[cpu]'"
         return f"Numba cannot be imported: {error}"
     return None
 

@@ -150,7 +150,8 @@ def _values(f):
     def gelu_tanh(z, parameter):
         wide = np.float64(z)
         inner = ROOT_2_PI * (wide + 0.044715 * wide * wide * wide)
-        return like(wide * 0.5 * (1 + tanh(inner)), z)
+        # (1 + tanh u) / 2 without what cancels
+        return like(wide / (1 + exp(-2 * inner)), z)
 
     @inlined
     def hardswish(z, parameter):
@@ -220,9 +221,9 @@ def _derivatives(f):
     def gelu_tanh(dy, z, parameter):
         wide = np.float64(z)
         square = wide * wide
-        t = tanh(ROOT_2_PI * (wide + 0.044715 * square * wide))
-        inner = ROOT_2_PI * (1 + 3 * 0.044715 * square)
-        return like(np.float64(dy) * 0.5 * (1 + t + wide * (1 - t * t) * inner), z)
+        s = 1 / (1 + exp(-2 * ROOT_2_PI * (wide + 0.044715 * square * wide)))
+        rise = 2 * ROOT_2_PI * (1 + 3 * 0.044715 * square)
+        return like(np.float64(dy) * s * (1 + wide * (1 - s) * rise), z)
 
     @inlined
     def hardswish(dy, z, parameter):
