@@ -293,3 +293,13 @@ def test_the_demo_runs_the_example_and_then_its_mistake(batchnorm, monkeypatch, 
         assert Path(command[4]).name == "digits.py"
         assert Path(command[4]).is_file()
         assert " ".join(command[5:]) in out
+
+
+def test_doctor_names_what_runs_and_why(batchnorm, monkeypatch):
+    status, out, err = batchnorm("doctor")
+    assert (status, err) == (0, "")
+    assert "CPU              compiled kernels: float32, float64 and bfloat16" in out
+    monkeypatch.setattr(
+        "batchnorm.kernels.diagnosis.reason_without", lambda: "Numba is not installed; …"
+    )
+    assert "Numba is not installed" in batchnorm("doctor")[1]

@@ -19,6 +19,7 @@ from rich.table import Table
 from batchnorm.audit import RULES, find_rule, run_script
 from batchnorm.audit.place import displayed
 from batchnorm.cli.files import example, write_atomically
+from batchnorm.kernels.diagnosis import diagnose
 from batchnorm.report import print_report, to_json
 
 __all__ = ["app"]
@@ -115,6 +116,15 @@ def rules(
     for rule in RULES:
         table.add_row(rule.code, rule.name, rule.looks_at)
     console.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Say which kernels run the layers on this machine, and why."""
+    table = Table(box=None, show_header=False)
+    for fact in diagnose():
+        table.add_row(fact.about, fact.finding)
+    Console(soft_wrap=True).print(table)
 
 
 def _check_output(output: Path, script: Path) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "STRIDES",
     "Variant",
     "address_of",
+    "cache_folder",
     "reason_without",
 ]
 
@@ -67,6 +68,21 @@ def reason_without() -> str | None:
             return "Numba is not installed; pip install 'batchnorm[cpu]'"
         return f"Numba cannot be imported: {error}"
     return None
+
+
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept: beside the sources, else in the user's cache, else nowhere.
+
+    `NUMBA_CACHE_DIR` names another place.
+    """
+    from numba.core.caching import CompileResultCacheImpl
+
+    from batchnorm.kernels.cpu.compiled.regions import KERNELS
+
+    try:
+        return Path(CompileResultCacheImpl(KERNELS["forward"]).locator.get_cache_path())
+    except RuntimeError:
+        return None
 
 
 @cache
