@@ -11,6 +11,7 @@ from batchnorm.layers import (
     domain,
 )
 from batchnorm.moments import Moments
+from batchnorm.repair import rematerialize
 from batchnorm.statistics import Batch, Ghost, Ramp, Renorm, Running
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Renorm",
     "Running",
     "domain",
+    "rematerialize",
 ]
 
 __version__ = "0.1.0"

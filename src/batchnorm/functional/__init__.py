@@ -2,5 +2,17 @@
 
 from batchnorm.functional.checks import is_traced
 from batchnorm.functional.normalization import Options, batch_norm, moments, normalize, track
+from batchnorm.functional.operation import again
+from batchnorm.functional.recipe import Normalization, observe_normalizations
 
-__all__ = ["Options", "batch_norm", "is_traced", "moments", "normalize", "track"]
+__all__ = [
+    "Normalization",
+    "Options",
+    "again",
+    "batch_norm",
+    "is_traced",
+    "moments",
+    "normalize",
+    "observe_normalizations",
+    "track",
+]

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.functional.recipe import Normalization, observer
 from batchnorm.kernels import Activation, Epilogue, accumulator, backend_for, reference
 from batchnorm.moments import Moments
 
-__all__ = ["epilogue_of", "is_plain", "moments", "normalize"]
+__all__ = ["again", "epilogue_of", "is_plain", "moments", "normalize"]
 
 _ARGUMENTS = (
     "Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, Tensor? count, "
@@ -35,8 +36,10 @@ def normalize(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if torch.is_grad_enabled():
         computed: list[Tensor] = []
         y: Tensor = _record(computed, *arguments)
-        count, mean, m2 = computed
-        return y, count, mean, m2
+        if observer.notify is not None and y.requires_grad:
+            moments = computed if arguments[5] is None else arguments[5:8]
+            observer.notify(y, Normalization(*arguments[:5], *moments, *arguments[8:]))
+        return y, computed[0], computed[1], computed[2]
     return _forward(*arguments)
 
 
@@ -46,6 +49,12 @@ def moments(x: Tensor, mask: Tensor | None, groups: int) -> tuple[Tensor, Tensor
         return _moments(x, mask, groups)
     registered: tuple[Tensor, Tensor, Tensor] = torch.ops.batchnorm.moments(x, mask, groups)
     return registered
+
+
+def again(normalization: Normalization) -> Tensor:
+    """The same y to the same bits, for autograd a constant."""
+    with torch.no_grad():
+        return _forward(*normalization)[0]
 
 
 def epilogue_of(

@@ -1,0 +1,49 @@
+"""A normalization that was computed, so that it can be computed again to the same bits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Normalization", "observe_normalizations", "observer"]
+
+
+class Normalization(NamedTuple):
+    """The arguments of one, as the operation takes them, with the moments that it used."""
+
+    x: Tensor | None  # (n, c, *p)
+    residual: Tensor | None  # (n, c, *p)
+    mask: Tensor | None  # (n, *p)
+    weight: Tensor | None  # (c,)
+    bias: Tensor | None  # (c,)
+    count: Tensor  # (groups, c)
+    mean: Tensor  # (groups, c)
+    m2: Tensor  # (groups, c)
+    frozen: bool
+    groups: int
+    eps: float
+    act: str
+    parameter: float
+
+
+class _Observer(threading.local):
+    """Who is told of every normalization in eager mode that autograd records, in this thread."""
+
+    notify: Callable[[Tensor, Normalization], None] | None = None
+
+
+observer = _Observer()
+
+
+@contextmanager
+def observe_normalizations(notify: Callable[[Tensor, Normalization], None]) -> Iterator[None]:
+    """Call `notify(y, normalization)` after each that autograd records; the innermost is told."""
+    before, observer.notify = observer.notify, notify
+    try:
+        yield
+    finally:
+        observer.notify = before
