@@ -53,8 +53,14 @@ def moments(x: Tensor, mask: Tensor | None, groups: int) -> tuple[Tensor, Tensor
 
 def again(normalization: Normalization) -> Tensor:
     """The same y to the same bits, for autograd a constant."""
+    n = normalization
+    assert n.x is not None
     with torch.no_grad():
-        return _forward(*normalization)[0]
+        y, *_ = _forward(
+            n.x, n.residual, n.mask, n.weight, n.bias, n.count, n.mean, n.m2,
+            n.frozen, n.groups, n.eps, n.act, n.parameter,
+        )  # fmt: skip
+    return y
 
 
 def epilogue_of(

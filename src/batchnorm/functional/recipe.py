@@ -5,17 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import Tensor
 
 __all__ = ["Normalization", "observe_normalizations", "observer"]
 
 
-class Normalization(NamedTuple):
+@dataclass(frozen=True)
+class Normalization:
     """The arguments of one, as the operation takes them, with the moments that it used."""
 
-    x: Tensor | None  # (n, c, *p)
+    x: Tensor | None  # (n, c, *p); None where it will be filled in
     residual: Tensor | None  # (n, c, *p)
     mask: Tensor | None  # (n, *p)
     weight: Tensor | None  # (c,)

@@ -9,7 +9,7 @@ same kernel and to the same bits, when the next convolution's backward pass asks
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -107,7 +107,7 @@ class _Recipe:
 
     def __init__(self, how: Normalization, ingredients: dict[str, _Kept | _Recipe]) -> None:
         # the moments are the operation's own, which nobody modifies
-        self._how = how._replace(x=None, residual=None, mask=None, weight=None, bias=None)
+        self._how = replace(how, x=None, residual=None, mask=None, weight=None, bias=None)
         self._ingredients = ingredients
         self._saved = self._asked = 0
         self._rebuilt: Tensor | None = None
@@ -130,7 +130,8 @@ class _Recipe:
             return self._rebuilt
         t = {name: source.output() for name, source in self._ingredients.items()}
         y = again(
-            self._how._replace(
+            replace(
+                self._how,
                 x=t["x"],
                 residual=t.get("residual"),
                 mask=t.get("mask"),
