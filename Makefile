@@ -34,6 +34,7 @@ format:  .venv/installed  ## Put the code into its form.
 
 bench: .venv/installed  ## Run the benchmarks; nothing else should run meanwhile.
 	$(BIN)/python benchmarks/layers.py --output benchmarks/layers.md
+	$(BIN)/python benchmarks/memory.py --output benchmarks/memory.md
 	$(BIN)/python benchmarks/watching.py --output benchmarks/watching.md
 
 clean:  ## Remove what was installed and cached.

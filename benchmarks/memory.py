@@ -2,11 +2,12 @@
 
     python benchmarks/memory.py [--output benchmarks/memory.md]
 
-Each network with torch.nn's layers (the ReLU in place), with ours, and with ours rematerialized,
-each in a process of its own. Memory is the process's resident memory over what it was before the
-step: after the forward pass, when everything is kept that the backward pass needs, and at its
-peak. The system's allocator gives large tensors back at once, so that this is what is in use.
-Time is the median of the steps, in memory that is kept. Nothing else should run meanwhile.
+Each network with torch.nn's layers (the ReLU in place), with ours, and with ours rematerialized.
+Memory is a process's resident memory over what it was before the step: after the forward pass,
+when everything is kept that the backward pass needs, and at its peak. Each is measured in a
+process of its own, whose allocator gives tensors back at once, so that this is what is in use.
+Time is that of steps in turns in one process, whose allocator keeps its memory, with the 20th and
+80th percentile of the rounds' ratios. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -14,15 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from timing import machine
+from timing import in_turns, machine, ratio
 from torch import Tensor, nn
 
 import batchnorm
@@ -193,49 +192,49 @@ def resident(field: str) -> int:
     return next(int(s.split()[1]) * 1024 for s in status.splitlines() if s.startswith(field))
 
 
-def one(name: str, kind: str, steps: int) -> dict[str, object]:
+def step(name: str, kind: str) -> Callable[[], Tensor]:
+    """The loss of one forward pass, as a function to call."""
     torch.manual_seed(0)
-    norm: Norm = TorchNorm if kind == "torch.nn" else OurNorm
-    model, shape = network(name, norm)
+    model, shape = network(name, TorchNorm if kind == "torch.nn" else OurNorm)
     if kind == "rematerialized":
         batchnorm.rematerialize(model)
     x, labels = torch.randn(shape), torch.randint(10, shape[:1])
+    return lambda: nn.functional.cross_entropy(model(x), labels)
 
-    def forward() -> Tensor:
-        return nn.functional.cross_entropy(model(x), labels)
 
+def use(name: str, kind: str) -> dict[str, float]:
+    """Bytes of one step after its forward pass and at its peak, and its loss."""
+    forward = step(name, kind)
     for _ in range(2):  # kernels compiled, gradients allocated
-        loss = forward()
-        loss.backward()
-    del loss
+        forward().backward()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # clears the peak
     loss = forward()
     after = resident("VmRSS")
     loss.backward()
-    peak = resident("VmHWM")
-    seconds = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        forward().backward()
-        seconds.append(time.perf_counter() - start)
     return {
         "after": after - before,
-        "peak": peak - before,
+        "peak": resident("VmHWM") - before,
         "loss": loss.item(),
-        "seconds": statistics.median(seconds) if seconds else 0.0,
     }
 
 
-def measure(name: str, kind: str, steps: int, variables: dict[str, str]) -> dict:
-    command = [sys.executable, __file__, "--one", name, kind, "--steps", str(steps)]
+def times(name: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of a training step of each kind, in turns."""
+    forwards = {kind: step(name, kind) for kind in KINDS}
+    work = {kind: lambda f=forward: f().backward() for kind, forward in forwards.items()}
+    return in_turns(work, rounds)
+
+
+def in_a_process(variables: dict[str, str], *words: str) -> dict:
+    command = [sys.executable, __file__, *words]
     done = subprocess.run(
         command, env=os.environ | variables, check=True, capture_output=True, text=True
     )
     return json.loads(done.stdout)
 
 
-def rows(steps: int) -> list[str]:
+def rows(rounds: int) -> list[str]:
     lines = [
         "| network | after forward, MB: torch.nn | ours | rematerialized | saved "
         "| peak, MB: torch.nn | ours | rematerialized | saved "
@@ -243,33 +242,34 @@ def rows(steps: int) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in NETWORKS:
-        memory = [measure(name, kind, 0, RETURNED) for kind in KINDS]
-        # three turns: a machine's mood is in all of them
-        turns = [[measure(name, kind, steps, KEPT) for kind in KINDS] for _ in range(3)]
-        _, ours, mine = (statistics.median(turn[i]["seconds"] for turn in turns) for i in range(3))
-        theirs = statistics.median(turn[0]["seconds"] for turn in turns)
+        memory = [in_a_process(RETURNED, "--use", name, kind) for kind in KINDS]
         assert memory[1]["loss"] == memory[2]["loss"]
+        seconds = in_a_process(KEPT, "--times", name, "--rounds", str(rounds))
         cells = [name]
         for field in ("after", "peak"):
             sizes = [m[field] for m in memory]
             cells += [f"{size / 1e6:.0f}" for size in sizes]
             cells.append(f"{1 - sizes[2] / sizes[0]:.0%}")
-        cells += [f"{mine / ours:.2f}", f"{mine / theirs:.2f}"]
+        cells += [ratio(seconds["rematerialized"], seconds[kind]) for kind in ("ours", "torch.nn")]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, help="write the table here, as Markdown")
-    parser.add_argument("--one", nargs=2, help="one network and kind, as JSON; for itself")
+    parser.add_argument("--use", nargs=2, help="one network and kind, as JSON; for itself")
+    parser.add_argument("--times", help="one network, as JSON; for itself")
     args = parser.parse_args()
-    if args.one is not None:
-        print(json.dumps(one(*args.one, args.steps)))
+    if args.use is not None:
+        print(json.dumps(use(*args.use)))
+        return
+    if args.times is not None:
+        print(json.dumps(times(args.times, args.rounds)))
         return
     about = (__doc__ or "").split("\n\n", 2)[2]
-    text = "\n".join(["# Rematerialization", "", machine(), "", about, *rows(args.steps), ""])
+    text = "\n".join(["# Rematerialization", "", machine(), "", about, *rows(args.rounds), ""])
     print(text)
     if args.output is not None:
         args.output.write_text(text)
