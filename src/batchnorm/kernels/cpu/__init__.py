@@ -54,7 +54,7 @@ def moments(x: Tensor, mask: Tensor | None = None, groups: int = 1) -> Moments:
 def apply(x: Tensor, coefficients: Coefficients, epilogue: Epilogue) -> Tensor:
     """y = act((x − center)·scale + shift + residual)."""
     x, plan = _planned(x, coefficients.center.shape[0])
-    y = torch.empty_like(x)
+    y = _new(x, plan)
     _apply(x, plan, coefficients, epilogue, y)
     return y
 
@@ -79,10 +79,10 @@ def backward_apply(
 ) -> tuple[Tensor, Tensor | None]:
     """dx = scale·(g + (x − center)·slope + offset), and g where there is a residual."""
     x, plan = _planned(x, coefficients.center.shape[0])
-    dy, dx = _fitting(dy, x, plan), torch.empty_like(x)
+    dy, dx = _fitting(dy, x, plan), _new(x, plan)
     dtype = compute_dtype(x)
     slope, offset = _as(slope, dtype), _as(offset, dtype)
-    g = None if epilogue.residual is None else torch.empty_like(x)
+    g = None if epilogue.residual is None else _new(x, plan)
     _backward_apply(dy, x, plan, coefficients, epilogue, slope, offset, dx, g)
     return dx, g
 
@@ -98,7 +98,7 @@ def forward(
 ) -> tuple[Tensor, Moments]:
     """`moments`, where none are given, and `apply`."""
     x, plan = _planned(x, groups)
-    y, dtype = torch.empty_like(x), compute_dtype(x)
+    y, dtype = _new(x, plan), compute_dtype(x)
     weight, bias = _parameter(weight, dtype), _parameter(bias, dtype)
     if given is None:
         mean, m2 = _statistics(plan)
@@ -134,8 +134,8 @@ def backward(
 ) -> Gradients:
     """`backward_reduce` and `backward_apply`."""
     x, plan = _planned(x, moments.mean.shape[0])
-    dy, dx, dtype = _fitting(dy, x, plan), torch.empty_like(x), compute_dtype(x)
-    g = None if epilogue.residual is None else torch.empty_like(x)
+    dy, dx, dtype = _fitting(dy, x, plan), _new(x, plan), compute_dtype(x)
+    g = None if epilogue.residual is None else _new(x, plan)
     mean, m2 = _as(moments.mean, torch.float64), _as(moments.m2, torch.float64)
     counts = moments.count.contiguous()
     wide_weight, wide_bias = _parameter(weight, dtype), _parameter(bias, dtype)
@@ -194,6 +194,21 @@ def _planned(x: Tensor, groups: int) -> tuple[Tensor, Plan]:
     return x, plan
 
 
+def _new(x: Tensor, plan: Plan) -> Tensor:
+    """An output for x, in strides that the plan can walk; as a rule those of `empty_like`."""
+    y = torch.empty_like(x)
+    if y.stride() == x.stride():
+        return y
+    layout = layout_of(plan.shape, y.stride())
+    if layout is not None and plan.fits(layout):
+        return y
+    # x's values overlap or have gaps, and without them fall into an order of their own
+    if plan.channels_last:
+        n, c, *positions = plan.shape
+        return torch.empty((n, *positions, c), dtype=x.dtype).movedim(-1, 1)
+    return torch.empty(plan.shape, dtype=x.dtype)
+
+
 def _act(epilogue: Epilogue) -> tuple[str, float]:
     return epilogue.act.name, epilogue.act.parameter
 
@@ -211,7 +226,7 @@ def _fitting(tensor: Tensor, x: Tensor, plan: Plan) -> Tensor:
         layout = layout_of(plan.shape, stride)
         if layout is not None and plan.fits(layout):
             return tensor
-    return torch.empty_like(x).copy_(tensor)
+    return _new(x, plan).copy_(tensor)
 
 
 def _moments(x: Tensor, plan: Plan, mean: Tensor, m2: Tensor) -> None:
