@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 from collections.abc import Callable
 
@@ -27,6 +28,7 @@ def _worker(rank: int, world: int, port: int, work: Callable, args: tuple) -> No
     try:
         work(rank, world, *args)
     finally:
+        gc.collect()  # a reducer in a cycle must go before its process group
         dist.destroy_process_group()
 
 

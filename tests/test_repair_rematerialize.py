@@ -393,6 +393,7 @@ def test_ddp():
     run_ranks(2, _ranks_agree)
 
 
+@pytest.mark.as_installed
 def test_a_compiled_model_is_left_to_its_compiler():
     torch._dynamo.reset()
     model, x = chain(), images()
