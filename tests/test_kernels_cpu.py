@@ -279,6 +279,11 @@ def test_two_processes_compile_at_once_and_a_third_finds_their_work(tmp_path):
 
 
 def test_where_nothing_can_be_written_kernels_are_compiled_for_the_process(tmp_path):
-    # no directory can be made below a file
+    # no directory can be made below a file, and no other place is to be tried
     (tmp_path / "file").write_text("")
-    in_a_process(FORWARD, NUMBA_CACHE_DIR=str(tmp_path / "file" / "cache"))
+    code = FORWARD + "from batchnorm.kernels.cpu import library; print(library.cache_folder())"
+    places = {
+        "NUMBA_CACHE_DIR": str(tmp_path / "file" / "cache"),
+        "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator",
+    }
+    assert in_a_process(code, **places) == "None"
