@@ -255,7 +255,7 @@ def test_forward_mode_and_functional_transforms():
 def test_the_registered_operation_passes_torch_s_own_checks(frozen):
     x, residual, weight, bias = leaves((4, 3, 5), (4, 3, 5), 3, 3, dtype=torch.float32)
     mask = torch.ones(4, 5, dtype=torch.bool)
-    given = (torch.ones(1, 3, dtype=torch.int64), torch.zeros(1, 3), torch.ones(1, 3))
+    given = (torch.ones(3, dtype=torch.int64), torch.zeros(3), torch.ones(3))
     arguments = (
         x, residual, mask, weight, bias, *(given if frozen else (None,) * 3),
         frozen, 1, 1e-5, "silu", 0.0,

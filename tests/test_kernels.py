@@ -59,9 +59,9 @@ def test_forward_and_backward_agree_with_the_oracle(name, x, act, with_residual,
         got = backend.backward(dy, x, batch, weight, bias, 1e-5, epilogue, frozen=False)
     near = {"rtol": 1e-6, "atol": 1e-7}  # the oracle's derivatives are differences
     np.testing.assert_allclose(y, want.y, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(batch.mean[0], want.mean, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(batch.m2[0] / batch.count[0], want.var, rtol=1e-9)
-    assert batch.count[0].tolist() == want.count.tolist()
+    np.testing.assert_allclose(batch.mean, want.mean, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(batch.m2 / batch.count, want.var, rtol=1e-9)
+    assert batch.count.tolist() == want.count.tolist()
     scale = 1 / np.sqrt(want.var.min() + 1e-5)
     np.testing.assert_allclose(got.x, want.dx, rtol=1e-6, atol=1e-7 * scale)
     np.testing.assert_allclose(got.weight, want.d_weight, **near)
@@ -127,9 +127,9 @@ def test_chunks_cover_every_value_once(backend, shape):
     with torch.no_grad():
         batch = backend.moments(x)
     dims = [0, *range(2, x.ndim)]
-    np.testing.assert_allclose(batch.mean[0], x.mean(dims), rtol=1e-12)
-    np.testing.assert_allclose(batch.var()[0], x.var(dims, correction=0), rtol=1e-12)
-    assert batch.count.tolist() == [[x.numel() // x.shape[1]] * x.shape[1]]
+    np.testing.assert_allclose(batch.mean, x.mean(dims), rtol=1e-12)
+    np.testing.assert_allclose(batch.var(), x.var(dims, correction=0), rtol=1e-12)
+    assert batch.count.tolist() == [x.numel() // x.shape[1]] * x.shape[1]
 
 
 def test_the_error_does_not_grow_with_the_mean(backend):
@@ -236,8 +236,8 @@ def test_activations_print_as_they_were_asked():
 
 
 def test_coefficients_give_back_what_rounding_the_mean_lost():
-    mean = torch.tensor([[1e6 + 0.03]], dtype=torch.float64)  # float32 rounds it to 1e6
-    var = torch.ones(1, 1, dtype=torch.float64)
+    mean = torch.tensor([1e6 + 0.03], dtype=torch.float64)  # float32 rounds it to 1e6
+    var = torch.ones(1, dtype=torch.float64)
     center, scale, shift = Coefficients.of(mean, var, None, None, 0.0, torch.float32)
     assert center.item() == 1e6
     assert scale.item() == 1

@@ -89,7 +89,7 @@ def test_activations_over_all_magnitudes(name, dtype):
     z = torch.cat([z, -z]).to(dtype)[:, None]
     dy = torch.full_like(z, 1.5)
     act = Activation.of(name)
-    one, zero = torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
+    one, zero = torch.ones(1, dtype=dtype), torch.zeros(1, dtype=dtype)
     coefficients = cpu.Coefficients(zero, one, zero)
     y = cpu.apply(z, coefficients, Epilogue(act=act))
     dx, _ = cpu.backward_apply(dy, z, coefficients, Epilogue(act=act), zero, zero)
@@ -114,7 +114,7 @@ def test_activations_over_all_magnitudes(name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_activations_of_what_is_no_finite_number(name, dtype):
     z = torch.tensor([[torch.nan], [torch.inf], [-torch.inf], [0.0], [-0.0]], dtype=dtype)
-    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
+    one, zero = torch.ones(1), torch.zeros(1)
     if dtype == torch.float64:
         one, zero = one.double(), zero.double()
     y = cpu.apply(z, cpu.Coefficients(zero, one, zero), Epilogue(act=Activation.of(name)))
@@ -128,11 +128,11 @@ def test_activations_of_what_is_no_finite_number(name, dtype):
 
 def test_every_bfloat16_comes_through_and_is_rounded_to_even():
     x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)[:, None]
-    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
+    one, zero = torch.ones(1), torch.zeros(1)
     same = cpu.apply(x, cpu.Coefficients(zero, one, zero), Epilogue())
     assert torch.equal(same.isnan(), x.isnan())
     assert torch.equal(same[~x.isnan()], x[~x.isnan()])
-    scale = torch.full((1, 1), 1.00390625 + 2**-9)  # makes halves of a last bit, which tie
+    scale = torch.full((1,), 1.00390625 + 2**-9)  # makes halves of a last bit, which tie
     y = cpu.apply(x, cpu.Coefficients(zero, scale, zero), Epilogue())
     want = (x.float() * scale).bfloat16()
     assert torch.equal(y[~x.isnan()], want[~x.isnan()])

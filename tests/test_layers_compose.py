@@ -57,6 +57,23 @@ def test_compile_fullgraph_in_train_and_eval(policy, momentum):
         assert_close(compiled.state_dict().values(), model.state_dict().values())
 
 
+def test_a_compiled_backward_uses_the_statistics_that_its_forward_used():
+    class FrozenThenTraining(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = BatchNorm1d(3)
+
+        def forward(self, x):
+            frozen = self.norm.eval()(x)
+            return frozen + self.norm.train()(x)  # moves the buffers that the first call read
+
+    torch._dynamo.reset()
+    model = FrozenThenTraining()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    x = torch.randn(8, 3) * 5 + 2
+    assert_close(step(compiled, x), step(model, x))
+
+
 def test_compile_to_machine_code_with_mask_residual_and_dynamic_batch():
     torch._dynamo.reset()
     layer = BatchNorm1d(3, act="gelu")

@@ -2,7 +2,7 @@
 
 from batchnorm.functional.checks import is_traced
 from batchnorm.functional.normalization import Options, batch_norm, moments, normalize, track
-from batchnorm.functional.operation import again
+from batchnorm.functional.operation import again, constant
 from batchnorm.functional.recipe import Normalization, observe_normalizations
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Options",
     "again",
     "batch_norm",
+    "constant",
     "is_traced",
     "moments",
     "normalize",

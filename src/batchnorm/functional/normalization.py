@@ -9,7 +9,8 @@ from typing_extensions import TypedDict
 
 from batchnorm.functional import composite, operation
 from batchnorm.functional.checks import check_input
-from batchnorm.kernels import Activation, Epilogue, backend_for, reference
+from batchnorm.functional.recipe import Settings
+from batchnorm.kernels import NOTHING, Activation, accumulator, backend_for, reference
 from batchnorm.moments import Moments
 
 __all__ = ["Options", "batch_norm", "moments", "normalize", "track"]
@@ -36,8 +37,8 @@ def moments(
     """
     check_input(x, mask=mask, groups=groups)
     if composite.is_asked_for():
-        return _flat(composite.moments(x, mask, groups))
-    return _flat(Moments(*operation.moments(x.detach(), mask, groups)))
+        return composite.moments(x, mask, groups)
+    return operation.moments(x.detach(), mask, groups)
 
 
 def batch_norm(
@@ -86,14 +87,9 @@ def batch_norm(
     if eps <= 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if composite.is_asked_for():
-        y, own = composite.batch_norm(x, weight, bias, residual, mask, groups, eps, activation)
-        return y, _flat(own)
-    given = (None, None, None) if batch is None else _grouped(batch, groups)
-    y, *computed = operation.normalize(
-        x, residual, mask, weight, bias, *given, False, groups, eps,
-        activation.name, activation.parameter,
-    )  # fmt: skip
-    return y, _flat(Moments(*computed)) if batch is None else batch
+        return composite.batch_norm(x, weight, bias, residual, mask, groups, eps, activation)
+    settings = Settings(False, groups, eps, activation.name, activation.parameter)
+    return operation.normalize(x, residual, mask, weight, bias, batch, settings)
 
 
 def normalize(
@@ -122,15 +118,10 @@ def normalize(
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     if composite.is_asked_for():
         return composite.normalize(x, mean, var, weight, bias, residual, mask, eps, activation)
-    if torch.is_grad_enabled():  # a backward may come after the next update of these buffers
-        mean, var = mean.clone(), var.clone()
-    constants = Moments.constant(mean, var)
-    y: Tensor
-    y, *_ = operation.normalize(
-        x, residual, mask, weight, bias, *_grouped(constants.detach(), 1), True, 1, eps,
-        activation.name, activation.parameter,
-    )  # fmt: skip
-    return y
+    wide = accumulator(x)  # as the kernels read them
+    constants = Moments.constant(operation.constant(mean, wide), operation.constant(var, wide))
+    settings = Settings(True, 1, eps, activation.name, activation.parameter)
+    return operation.normalize(x, residual, mask, weight, bias, constants, settings)[0]
 
 
 def track(
@@ -150,19 +141,8 @@ def track(
 
     A batch with a non-finite mean or variance is skipped whole, counter included.
     """
-    plain = operation.is_plain((mean, var, batches, batch.mean)) and not composite.is_asked_for()
-    backend = backend_for(mean, Epilogue()) if plain else reference
-    backend.track(mean, var, batches, batch, momentum)
-
-
-def _grouped(batch: Moments, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As the operations take them: (groups, c) each, one group too."""
-    shape = (groups, -1)
-    return batch.count.reshape(shape), batch.mean.reshape(shape), batch.m2.reshape(shape)
-
-
-def _flat(batch: Moments) -> Moments:
-    """(1, c) as (c,): one group is no group."""
-    if batch.mean.shape[0] != 1:
-        return batch
-    return Moments(batch.count[0], batch.mean[0], batch.m2[0])
+    if operation.is_plain(mean, var, batches, batch.mean) and not composite.is_asked_for():
+        backend_for(mean, NOTHING).track(mean, var, batches, batch, momentum)
+        return
+    with torch.no_grad():
+        reference.track(mean, var, batches, batch, momentum)

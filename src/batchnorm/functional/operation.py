@@ -1,10 +1,11 @@
 """The differentiable operation: to PyTorch's compilers a registered one, in eager mode a function.
 
 Tensors here are (n, c, *p) and masks (n, *p); `groups` cuts n into slices that are normalized
-apart, and statistics are (groups, c). The moments come in as x's own or, where `frozen`, as
-constants; None asks for x's own to be computed on the way. The work is done by the backend that
-serves the input. The registered operations are opaque to a compiler and have fakes for shapes;
-plain tensors in eager mode are spared their dispatch, which costs more than a small tensor does.
+apart, and statistics are (c,), or (groups, c) for more than one. The moments come in as x's own
+or, where `frozen`, as constants; None asks for x's own to be computed on the way. The work is
+done by the backend that serves the input. The registered operations are opaque to a compiler and
+have fakes for shapes; plain tensors in eager mode are spared their dispatch, which costs more
+than a small tensor does.
 """
 
 from __future__ import annotations
@@ -15,11 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.functional.recipe import Normalization, observer
-from batchnorm.kernels import Activation, Epilogue, accumulator, backend_for, reference
+from batchnorm.functional.recipe import Normalization, Settings, observer
+from batchnorm.kernels import (
+    Activation,
+    Epilogue,
+    Gradients,
+    accumulator,
+    backend_for,
+    reference,
+)
 from batchnorm.moments import Moments
 
-__all__ = ["again", "epilogue_of", "is_plain", "moments", "normalize"]
+__all__ = ["again", "constant", "epilogue_of", "is_plain", "moments", "normalize"]
 
 _ARGUMENTS = (
     "Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, Tensor? count, "
@@ -27,28 +35,49 @@ _ARGUMENTS = (
 )
 
 
-def normalize(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, and the moments computed on the way; the arguments are those of `_ARGUMENTS`."""
-    if not is_plain(arguments[:5]):
-        registered: tuple[Tensor, Tensor, Tensor, Tensor]
-        registered = torch.ops.batchnorm.batch_norm(*arguments)
-        return registered
-    if torch.is_grad_enabled():
-        computed: list[Tensor] = []
-        y: Tensor = _record(computed, *arguments)
-        if observer.notify is not None and y.requires_grad:
-            moments = computed if arguments[5] is None else arguments[5:8]
-            observer.notify(y, Normalization(*arguments[:5], *moments, *arguments[8:]))
-        return y, computed[0], computed[1], computed[2]
-    return _forward(*arguments)
+def normalize(
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    given: Moments | None,
+    settings: Settings,
+) -> tuple[Tensor, Moments]:
+    """y, and the moments that it was normalized by."""
+    if not is_plain(x, residual, mask, weight, bias):
+        three = (None, None, None) if given is None else (given.count, given.mean, given.m2)
+        y, *computed = torch.ops.batchnorm.batch_norm(
+            x, residual, mask, weight, bias, *three, *settings
+        )
+        return y, Moments(*computed) if given is None else given
+    if not torch.is_grad_enabled():
+        return _forward(x, residual, mask, weight, bias, given, settings)
+    used: list[Moments] = []
+    recorded: Tensor = _record(x, residual, weight, bias, mask, given, settings, used)
+    if observer.notify is not None and recorded.requires_grad:
+        how = Normalization(x, residual, mask, weight, bias, used[0], settings)
+        observer.notify(recorded, how)
+    return recorded, used[0]
 
 
-def moments(x: Tensor, mask: Tensor | None, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def moments(x: Tensor, mask: Tensor | None, groups: int) -> Moments:
     """Count, mean and m2 of each group and channel; not differentiable."""
-    if is_plain((x, mask)):
-        return _moments(x, mask, groups)
-    registered: tuple[Tensor, Tensor, Tensor] = torch.ops.batchnorm.moments(x, mask, groups)
-    return registered
+    compute = _moments if is_plain(x, mask) else torch.ops.batchnorm.moments
+    return Moments(*compute(x, mask, groups))
+
+
+def constant(buffer: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What a buffer holds now, for a backward pass that may come after its next update.
+
+    A compiler must not take it for the buffer: instead of keeping a copy it would read the
+    buffer again in the backward pass. (PyTorch's min-cut partitioner does, as of 2.13.)
+    """
+    dtype = dtype or buffer.dtype
+    if is_plain(buffer) or torch.compiler.is_exporting():  # a program must run without us
+        return buffer.detach().to(dtype, copy=torch.is_grad_enabled())
+    held: Tensor = torch.ops.batchnorm.constant(buffer.detach())
+    return held.to(dtype)
 
 
 def again(normalization: Normalization) -> Tensor:
@@ -56,11 +85,7 @@ def again(normalization: Normalization) -> Tensor:
     n = normalization
     assert n.x is not None
     with torch.no_grad():
-        y, *_ = _forward(
-            n.x, n.residual, n.mask, n.weight, n.bias, n.count, n.mean, n.m2,
-            n.frozen, n.groups, n.eps, n.act, n.parameter,
-        )  # fmt: skip
-    return y
+        return _forward(n.x, n.residual, n.mask, n.weight, n.bias, n.moments, n.settings)[0]
 
 
 def epilogue_of(
@@ -74,13 +99,15 @@ def epilogue_of(
 _activation = lru_cache(Activation)  # a call of it would cost as much as a launch
 
 
-def is_plain(tensors: tuple[Any, ...]) -> bool:
+def is_plain(*tensors: Tensor | None) -> bool:
     """Whether nobody looks on: no compiler, no dispatch mode, no subclass of tensors."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and all(t is None or type(t) is Tensor or type(t) is nn.Parameter for t in tensors)
-    )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() != 0:
+        return False
+    for tensor in tensors:  # a loop, not a generator: every layer's every call comes by
+        kind = type(tensor)
+        if kind is not Tensor and kind is not nn.Parameter and tensor is not None:
+            return False
+    return True
 
 
 def _laid_out_like(x: Tensor, y: Tensor) -> Tensor:
@@ -112,26 +139,14 @@ def _forward(
     mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    count: Tensor | None,
-    mean: Tensor | None,
-    m2: Tensor | None,
-    frozen: bool,
-    groups: int,
-    eps: float,
-    act: str,
-    parameter: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, and the moments that were computed on the way; empty tensors where they were given."""
+    given: Moments | None,
+    settings: Settings,
+) -> tuple[Tensor, Moments]:
+    _, groups, eps, act, parameter = settings
     epilogue = epilogue_of(residual, mask, act, parameter)
     backend = backend_for(x, epilogue)
-    given = None
-    if count is not None and mean is not None and m2 is not None:
-        given = Moments(count, mean, m2)
-    y, batch = backend.forward(x, weight, bias, eps, epilogue, groups, given)
-    y = _laid_out_like(x, y)
-    if given is None:
-        return y, batch.count, batch.mean, batch.m2
-    return y, x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    y, used = backend.forward(x, weight, bias, eps, epilogue, groups, given)
+    return _laid_out_like(x, y), used
 
 
 def _gradients(
@@ -141,75 +156,81 @@ def _gradients(
     mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    count: Tensor,
-    mean: Tensor,
-    m2: Tensor,
-    frozen: bool,
-    groups: int,
-    eps: float,
-    act: str,
-    parameter: float,
+    used: Moments,
+    settings: Settings,
     affine: bool,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of x, residual, weight and bias."""
+) -> Gradients:
+    frozen, _, eps, act, parameter = settings
     epilogue = epilogue_of(residual, mask, act, parameter)
     dx, d_residual, d_weight, d_bias = backend_for(x, epilogue).backward(
-        dy, x, Moments(count, mean, m2), weight, bias, eps, epilogue, frozen=frozen, affine=affine
+        dy, x, used, weight, bias, eps, epilogue, frozen=frozen, affine=affine
     )
     dx = _laid_out_like(x, dx)
     if residual is not None and d_residual is not None:
         d_residual = _laid_out_like(residual, d_residual)
-    return dx, d_residual, d_weight, d_bias
+    return Gradients(dx, d_residual, d_weight, d_bias)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    x, residual, mask, weight, bias, *given = inputs[:8]
-    ctx.settings = inputs[8:]
+def _keep(
+    ctx: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    used: Moments,
+    settings: Settings,
+) -> None:
+    """Save what the backward pass asks for."""
+    ctx.settings = settings
     ctx.residual_dtype = None if residual is None else residual.dtype
-    moments = output[1:] if given[0] is None else given
     # only the derivative of an activation asks for the residual again
-    kept = None if ctx.settings[3] == "identity" else residual
-    ctx.save_for_backward(x, kept, mask, weight, bias, *moments)
+    kept = None if settings.act == "identity" else residual
+    ctx.save_for_backward(x, kept, mask, weight, bias, used.count, used.mean, used.m2)
 
 
-def _differentiated(
-    ctx: Any, dy: Tensor, learns_weight: bool, learns_bias: bool
-) -> tuple[Tensor | None, ...]:
-    """The gradients of all arguments."""
-    saved = ctx.saved_tensors
-    x, residual, mask, weight, bias = saved[:5]
-    affine = learns_weight or learns_bias
+def _differentiated(ctx: Any, dy: Tensor, affine: bool) -> Gradients:
+    """The gradients of x, residual, weight and bias."""
+    x, residual, mask, weight, bias, *three = ctx.saved_tensors
+    settings = ctx.settings
     if torch.is_grad_enabled():
-        gradients = _differentiable_gradients(ctx, dy)
-    elif is_plain((dy, x, residual, weight, bias)):
-        gradients = _gradients(*(dy, *saved, *ctx.settings, affine))
+        gradients = _differentiable_gradients(
+            dy, x, residual, mask, weight, bias, Moments(*three), settings
+        )
+    elif is_plain(dy, x, residual, weight, bias):
+        gradients = _gradients(
+            dy, x, residual, mask, weight, bias, Moments(*three), settings, affine
+        )
     else:
         registered = torch.ops.batchnorm.batch_norm_backward
-        gradients = registered(dy, *saved, *ctx.settings, affine)
-    dx, d_residual, d_weight, d_bias = gradients
+        gradients = Gradients(
+            *registered(dy, x, residual, mask, weight, bias, *three, *settings, affine)
+        )
+    d_residual = None if residual is None else gradients.residual
     if ctx.residual_dtype is not None and residual is None:
         d_residual = dy if mask is None else dy.where(mask.unsqueeze(1), 0)
         d_residual = d_residual.to(ctx.residual_dtype)
-    elif residual is None:
-        d_residual = None
-    return (
-        dx,
-        d_residual,
-        None,
-        d_weight if affine and weight is not None else None,
-        d_bias if affine and bias is not None else None,
-        *(None,) * 8,
-    )
+    d_weight = gradients.weight if affine and weight is not None else None
+    d_bias = gradients.bias if affine and bias is not None else None
+    return Gradients(gradients.x, d_residual, d_weight, d_bias)
 
 
-def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable_gradients(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    used: Moments,
+    settings: Settings,
+) -> Gradients:
     """The gradients by the reference's plain operations, which autograd can follow again."""
-    x, residual, mask, weight, bias, *moments = ctx.saved_tensors
-    frozen, groups, eps, act, parameter = ctx.settings
+    frozen, groups, eps, act, parameter = settings
     epilogue = epilogue_of(residual, mask, act, parameter)
     # as a function of x, for the second derivative runs through the statistics too
-    batch = Moments(*moments) if frozen else reference.moments(x, epilogue.mask, groups)
-    return tuple(reference.backward(dy, x, batch, weight, bias, eps, epilogue, frozen=frozen))
+    batch = used if frozen else reference.moments(x, epilogue.mask, groups)
+    return reference.backward(dy, x, batch, weight, bias, eps, epilogue, frozen=frozen)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -219,20 +240,36 @@ class _BatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, computed: list[Tensor], *arguments: Any) -> Tensor:
-        output = _forward(*arguments)
-        computed.extend(output[1:])
-        _keep(ctx, arguments, output)
-        return output[0]
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        given: Moments | None,
+        settings: Settings,
+        used: list[Moments],
+    ) -> Tensor:
+        y, moments = _forward(x, residual, mask, weight, bias, given, settings)
+        used.append(moments)
+        _keep(ctx, x, residual, mask, weight, bias, moments, settings)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_differentiated(ctx, dy, *ctx.needs_input_grad[4:6])
+        needed = ctx.needs_input_grad
+        return *_differentiated(ctx, dy, needed[2] or needed[3]), None, None, None, None
 
 
 # past a wrapper that looks for torch.func's transforms, which get the composite form
 _record: Any = super(torch.autograd.Function, _BatchNorm).apply
 
+
+_registered_constant = torch.library.custom_op(
+    "batchnorm::constant", torch.clone, mutates_args=(), schema="(Tensor buffer) -> Tensor"
+)
+_registered_constant.register_fake(torch.empty_like)
 
 _registered_moments = torch.library.custom_op(
     "batchnorm::moments",
@@ -244,13 +281,24 @@ _registered_moments = torch.library.custom_op(
 
 @_registered_moments.register_fake
 def _(x: Tensor, mask: Tensor | None, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    mean = x.new_empty((groups, x.shape[1]), dtype=accumulator(x))
+    shape = x.shape[1:2] if groups == 1 else (groups, x.shape[1])
+    mean = x.new_empty(shape, dtype=accumulator(x))
     return torch.empty_like(mean, dtype=torch.int64), mean, torch.empty_like(mean)
+
+
+def _registered_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, and the moments that were computed on the way; empty tensors where they were given."""
+    x, residual, mask, weight, bias, *three = arguments[:8]
+    given = None if three[0] is None else Moments(*three)
+    y, used = _forward(x, residual, mask, weight, bias, given, Settings(*arguments[8:]))
+    if given is None:
+        return y, used.count, used.mean, used.m2
+    return y, x.new_empty(0), x.new_empty(0), x.new_empty(0)
 
 
 _registered = torch.library.custom_op(
     "batchnorm::batch_norm",
-    _forward,
+    _registered_forward,
     mutates_args=(),
     schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
@@ -280,12 +328,16 @@ def _(
 def _keep_registered(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> None:
-    _keep(ctx, inputs, output)
+    x, residual, mask, weight, bias, *three = inputs[:8]
+    used = Moments(*(output[1:] if three[0] is None else three))
+    _keep(ctx, x, residual, mask, weight, bias, used, Settings(*inputs[8:]))
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward_registered(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return _differentiated(ctx, dy, *ctx.needs_input_grad[3:5])
+    needed = ctx.needs_input_grad
+    dx, d_residual, d_weight, d_bias = _differentiated(ctx, dy, needed[3] or needed[4])
+    return dx, d_residual, None, d_weight, d_bias, *(None,) * 8
 
 
 _registered.register_autograd(_backward_registered, setup_context=_keep_registered)
@@ -297,9 +349,13 @@ _registered.register_autograd(_backward_registered, setup_context=_keep_register
     schema=f"(Tensor dy, {_ARGUMENTS}, bool affine) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _registered_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    x = arguments[1]
+    dy, x, residual, mask, weight, bias, *three = arguments[:9]
+    *settings, affine = arguments[9:]
+    gradients = _gradients(
+        dy, x, residual, mask, weight, bias, Moments(*three), Settings(*settings), affine
+    )
     # a registered operation returns tensors: an empty one for None
-    return tuple(x.new_empty(0) if g is None else g for g in _gradients(*arguments))
+    return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
 
 @_registered_backward.register_fake

@@ -6,10 +6,23 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Normalization", "observe_normalizations", "observer"]
+from batchnorm.moments import Moments
+
+__all__ = ["Normalization", "Settings", "observe_normalizations", "observer"]
+
+
+class Settings(NamedTuple):
+    """What a normalization is told beside its tensors."""
+
+    frozen: bool  # whether the moments are constants, and not x's own
+    groups: int
+    eps: float
+    act: str
+    parameter: float  # the activation's
 
 
 @dataclass(frozen=True)
@@ -21,14 +34,8 @@ class Normalization:
     mask: Tensor | None  # (n, *p)
     weight: Tensor | None  # (c,)
     bias: Tensor | None  # (c,)
-    count: Tensor  # (groups, c)
-    mean: Tensor  # (groups, c)
-    m2: Tensor  # (groups, c)
-    frozen: bool
-    groups: int
-    eps: float
-    act: str
-    parameter: float
+    moments: Moments  # (*groups, c)
+    settings: Settings
 
 
 class _Observer(threading.local):

@@ -1,8 +1,8 @@
 """What a backend offers: four primitives and two fusions over groups × channels.
 
 Every tensor a kernel sees has the shape (n, c, *p): n samples, c channels, any positions *p, in
-any strides. Statistics are (g, c): the samples fall into g equal groups that are normalized
-apart, one for plain batch norm, several for ghost batches.
+any strides. Statistics are (c,), or (g, c) where the samples fall into g > 1 equal groups that are
+normalized apart (ghost batches); (*g, c) stands for both.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from batchnorm.kernels.activation import IDENTITY, Activation
 from batchnorm.moments import Moments
 
 __all__ = [
+    "NOTHING",
     "Backend",
     "Coefficients",
     "Epilogue",
@@ -24,11 +25,12 @@ __all__ = [
     "biased",
     "coefficients_of",
     "compute_dtype",
+    "groups_of",
 ]
 
 
 class Coefficients(NamedTuple):
-    """y = (x − center)·scale + shift, each (g, c).
+    """y = (x − center)·scale + shift, each (*g, c).
 
     The center is taken off before scaling: x·scale + shift' would lose, to rounding of its
     two large terms, as many digits as the mean has more than the spread.
@@ -41,8 +43,8 @@ class Coefficients(NamedTuple):
     @classmethod
     def of(
         cls,
-        mean: Tensor,  # (g, c)
-        var: Tensor,  # (g, c)
+        mean: Tensor,  # (*g, c)
+        var: Tensor,  # (*g, c)
         weight: Tensor | None,  # (c,)
         bias: Tensor | None,  # (c,)
         eps: float,
@@ -66,6 +68,9 @@ class Epilogue(NamedTuple):
     residual: Tensor | None = None  # (n, c, *p)
     mask: Tensor | None = None  # (n, 1, *p), bool; true where the data is
     act: Activation = IDENTITY
+
+
+NOTHING = Epilogue()
 
 
 class Gradients(NamedTuple):
@@ -166,6 +171,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.dtype.itemsize >= 4 else torch.float32
 
 
+def groups_of(statistic: Tensor) -> int:
+    """Into how many groups the samples fall, by the shape of a statistic (*g, c)."""
+    return 1 if statistic.ndim == 1 else statistic.shape[0]
+
+
 def biased(moments: Moments) -> Tensor:
     """The variance m2 / n that normalizes; 0 for an empty set, whose outputs nobody reads."""
     return moments.m2 / moments.count.clamp(min=1)
@@ -174,6 +184,6 @@ def biased(moments: Moments) -> Tensor:
 def coefficients_of(
     x: Tensor, moments: Moments, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Coefficients:
-    """The coefficients that standardize x (n, c, *p) with moments (g, c)."""
+    """The coefficients that standardize x (n, c, *p) with moments (*g, c)."""
     mean, var = (statistic.to(accumulator(x)) for statistic in (moments.mean, biased(moments)))
     return Coefficients.of(mean, var, weight, bias, eps, compute_dtype(x))

@@ -21,6 +21,7 @@ from batchnorm.kernels.contract import (
     biased,
     coefficients_of,
     compute_dtype,
+    groups_of,
 )
 from batchnorm.moments import Moments
 
@@ -48,14 +49,17 @@ def serves(x: Tensor, epilogue: Epilogue) -> bool:
 
 
 def moments(x: Tensor, mask: Tensor | None = None, groups: int = 1) -> Moments:
-    """Count, mean and m2 of each channel of each group: (g, c)."""
+    """Count, mean and m2 of each channel of each group."""
     x, epilogue = _grouped(x, Epilogue(mask=mask), groups)
     dims = _reduced(x)
     batch = Moments.merge(
         Moments.of(part, dims, mask=part_mask, dtype=accumulator(x))
         for part, part_mask in _chunks(x, epilogue.mask)
     )
-    return Moments(batch.count.contiguous(), batch.mean, batch.m2)
+    shape = x.shape[2:3] if groups == 1 else (groups, x.shape[2])
+    return Moments(
+        batch.count.reshape(shape).contiguous(), batch.mean.reshape(shape), batch.m2.reshape(shape)
+    )
 
 
 def apply(x: Tensor, coefficients: Coefficients, epilogue: Epilogue) -> Tensor:
@@ -70,7 +74,7 @@ def apply(x: Tensor, coefficients: Coefficients, epilogue: Epilogue) -> Tensor:
 def backward_reduce(
     dy: Tensor, x: Tensor, coefficients: Coefficients, epilogue: Epilogue
 ) -> tuple[Tensor, Tensor]:
-    """Σg and Σg·(x − center): (g, c) each."""
+    """Σg and Σg·(x − center)."""
     x, epilogue = _prepared(x, epilogue, coefficients)
     g = _through_activation(dy, x, coefficients, epilogue)
     return _sums(g, x, coefficients.center)
@@ -133,9 +137,9 @@ def backward(
         projection = projection + (coefficients.center - moments.mean) * total
         inverse = torch.rsqrt(biased(moments) + eps)
         if affine and weight is not None:
-            d_weight = (projection * inverse).sum(0).to(weight.dtype)
+            d_weight = _over_groups(projection * inverse).to(weight.dtype)
         if affine and bias is not None:
-            d_bias = total.sum(0).to(bias.dtype)
+            d_bias = _over_groups(total).to(bias.dtype)
         if not frozen:
             n = moments.count.clamp(min=1)
             slope = -inverse.square() * projection / n
@@ -173,13 +177,17 @@ def _grouped(x: Tensor, epilogue: Epilogue, groups: int) -> tuple[Tensor, Epilog
 
 
 def _prepared(x: Tensor, epilogue: Epilogue, per_group: Coefficients) -> tuple[Tensor, Epilogue]:
-    return _cleaned(*_grouped(x, epilogue, per_group.center.shape[0]))
+    return _cleaned(*_grouped(x, epilogue, groups_of(per_group.center)))
 
 
 def _per_channel(statistic: Tensor, x: Tensor) -> Tensor:
-    """A (g, c) statistic, shaped to broadcast against x (g, n, c, *p)."""
-    groups, channels = statistic.shape
-    return statistic.reshape(groups, 1, channels, *(1,) * (x.ndim - 3))
+    """A (*g, c) statistic, shaped to broadcast against x (g, n, c, *p)."""
+    return statistic.reshape(x.shape[0], 1, x.shape[2], *(1,) * (x.ndim - 3))
+
+
+def _over_groups(statistic: Tensor) -> Tensor:
+    """The sum over groups, (*g, c) → (c,)."""
+    return statistic if statistic.ndim == 1 else statistic.sum(0)
 
 
 def _residual_gradient(g: Tensor, epilogue: Epilogue) -> Tensor | None:
@@ -235,7 +243,8 @@ def _sums(g: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
         part_g = part_g.to(dtype)
         totals.append(part_g.sum(dims))
         projections.append((part_g * (part_x - _per_channel(center, x))).sum(dims))
-    return torch.stack(totals).sum(0), torch.stack(projections).sum(0)
+    shape = center.shape
+    return torch.stack(totals).sum(0).view(shape), torch.stack(projections).sum(0).view(shape)
 
 
 def _input_gradient(

@@ -166,14 +166,13 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _track(self, running: RunningStatistics, moments: Moments, input: Tensor) -> None:
         """Move the running statistics towards a batch's, without waiting for its values."""
-        with torch.no_grad():
-            try:
-                if input.numel() == 0 and running.batches is not None:
-                    running.batches.add_(1)  # as torch.nn, which counts it and moves nothing
-                else:
-                    track(*running, moments, self.momentum)
-            except RuntimeError as error:
-                raise _explained(error, self) from error
+        try:
+            if input.numel() == 0 and running.batches is not None:
+                running.batches.add_(1)  # as torch.nn, which counts it and moves nothing
+            else:
+                track(*running, moments, self.momentum)
+        except RuntimeError as error:
+            raise _explained(error, self) from error
 
     def _check_channels(self, input: Tensor, *held: Tensor | None) -> None:
         """As torch.nn, by the tensors there are and not by num_features, which pruning leaves."""

@@ -191,7 +191,7 @@ class _Pass:
             if tensor is not None:
                 ingredients[name] = self._recipe_of(tensor) or _Kept(tensor)
         # the gradient of the identity does not ask for the residual, which a recipe would keep
-        if how.act == "identity" and isinstance(ingredients.get("residual"), _Kept):
+        if how.settings.act == "identity" and isinstance(ingredients.get("residual"), _Kept):
             return
         note = _Note(weakref.ref(y), y._version, _Recipe(how, ingredients))
         self._notes[_storage(y)] = note

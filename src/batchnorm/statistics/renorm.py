@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from batchnorm.functional import Options, batch_norm, moments
+from batchnorm.functional import Options, batch_norm, constant, moments
 from batchnorm.kernels import compute_dtype
 from batchnorm.moments import Moments
 from batchnorm.statistics.policy import RunningStatistics, Statistics
@@ -97,9 +97,10 @@ class Renorm(Statistics):
         self, batch: Moments, running: RunningStatistics, eps: float
     ) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
         """r and d of each channel."""
-        running_sigma = (running.var + eps).sqrt()
+        mean, var = (constant(statistic) for statistic in running[:2])
+        running_sigma = (var + eps).sqrt()
         r = (batch.var() + eps).sqrt() / running_sigma
-        d = (batch.mean - running.mean) / running_sigma
+        d = (batch.mean - mean) / running_sigma
         r_max, d_max = (_value(limit, running.batches, r) for limit in (self.r_max, self.d_max))
         return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
 

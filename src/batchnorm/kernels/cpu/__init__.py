@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import reference
-from batchnorm.kernels.contract import Coefficients, Epilogue, Gradients, compute_dtype
+from batchnorm.kernels.contract import (
+    Coefficients,
+    Epilogue,
+    Gradients,
+    compute_dtype,
+    groups_of,
+)
 from batchnorm.kernels.cpu.launcher import STORAGE, Settings, launch
 from batchnorm.kernels.cpu.library import reason_without
 from batchnorm.kernels.cpu.plan import Plan, layout_of, plan_of
@@ -44,29 +50,36 @@ def serves(x: Tensor, epilogue: Epilogue) -> bool:
 
 
 def moments(x: Tensor, mask: Tensor | None = None, groups: int = 1) -> Moments:
-    """Count, mean and m2 of each channel of each group: (g, c)."""
+    """Count, mean and m2 of each channel of each group."""
     x, plan = _planned(x, groups)
-    mean, m2 = _statistics(plan)
-    _moments(x, plan, mean, m2)
-    return Moments(_counts(plan), mean, m2)
+    batch = _unknown(plan)
+    _moments(x, plan, batch)
+    return batch
 
 
 def apply(x: Tensor, coefficients: Coefficients, epilogue: Epilogue) -> Tensor:
     """y = act((x − center)·scale + shift + residual)."""
-    x, plan = _planned(x, coefficients.center.shape[0])
+    x, plan = _planned(x, groups_of(coefficients.center))
     y = _new(x, plan)
-    _apply(x, plan, coefficients, epilogue, y)
+    launch(
+        "forward", plan, x.dtype, _settings(epilogue, known=True), x=x, y=y,
+        residual=_residual(epilogue, x, plan), **coefficients._asdict(),
+    )  # fmt: skip
     return y
 
 
 def backward_reduce(
     dy: Tensor, x: Tensor, coefficients: Coefficients, epilogue: Epilogue
 ) -> tuple[Tensor, Tensor]:
-    """Σg and Σg·(x − center): (g, c) each."""
-    x, plan = _planned(x, coefficients.center.shape[0])
-    total, projection = _statistics(plan)
-    _backward_reduce(_fitting(dy, x, plan), x, plan, coefficients, epilogue, total, projection)
-    return total, projection
+    """Σg and Σg·(x − center)."""
+    x, plan = _planned(x, groups_of(coefficients.center))
+    operands = {
+        "x": x,
+        "dy": _fitting(dy, x, plan),
+        "residual": _residual(epilogue, x, plan),
+        **coefficients._asdict(),
+    }
+    return _backward_reduce(plan, x.dtype, _settings(epilogue), operands)
 
 
 def backward_apply(
@@ -78,12 +91,15 @@ def backward_apply(
     offset: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """dx = scale·(g + (x − center)·slope + offset), and g where there is a residual."""
-    x, plan = _planned(x, coefficients.center.shape[0])
+    x, plan = _planned(x, groups_of(coefficients.center))
     dy, dx = _fitting(dy, x, plan), _new(x, plan)
     dtype = compute_dtype(x)
-    slope, offset = _as(slope, dtype), _as(offset, dtype)
     g = None if epilogue.residual is None else _new(x, plan)
-    _backward_apply(dy, x, plan, coefficients, epilogue, slope, offset, dx, g)
+    launch(
+        "backward_apply", plan, x.dtype, _settings(epilogue), x=x, dy=dy, dx=dx, g=g,
+        residual=_residual(epilogue, x, plan), slope=_as(slope, dtype),
+        offset=_as(offset, dtype), **coefficients._asdict(),
+    )  # fmt: skip
     return dx, g
 
 
@@ -99,25 +115,19 @@ def forward(
     """`moments`, where none are given, and `apply`."""
     x, plan = _planned(x, groups)
     y, dtype = _new(x, plan), compute_dtype(x)
-    weight, bias = _parameter(weight, dtype), _parameter(bias, dtype)
+    known = given is not None or not plan.is_fused
     if given is None:
-        mean, m2 = _statistics(plan)
-        counts = None
+        batch = _unknown(plan)
+        if known:
+            _moments(x, plan, batch)
     else:
-        mean, m2 = _as(given.mean, torch.float64), _as(given.m2, torch.float64)
-        counts = given.count.contiguous()
-    if plan.is_fused:
-        launch(
-            "forward", plan, x.dtype, Settings(eps, *_act(epilogue)), x=x, y=y,
-            residual=_residual(epilogue, x, plan), mean=mean, m2=m2, counts=counts,
-            weight=weight, bias=bias,
-        )  # fmt: skip
-    else:
-        if given is None:
-            _moments(x, plan, mean, m2)
-        coefficients = _coefficients(x, plan, mean, m2, counts, weight, bias, eps)
-        _apply(x, plan, coefficients, epilogue, y)
-    return y, given or Moments(_counts(plan), mean, m2)
+        batch = _as_read(given)
+    launch(
+        "forward", plan, x.dtype, _settings(epilogue, eps, known=known), x=x, y=y,
+        residual=_residual(epilogue, x, plan), counts=batch.count, mean=batch.mean, m2=batch.m2,
+        weight=_parameter(weight, dtype), bias=_parameter(bias, dtype),
+    )  # fmt: skip
+    return y, batch if given is None else given
 
 
 def backward(
@@ -133,34 +143,32 @@ def backward(
     affine: bool = True,
 ) -> Gradients:
     """`backward_reduce` and `backward_apply`."""
-    x, plan = _planned(x, moments.mean.shape[0])
+    x, plan = _planned(x, groups_of(moments.mean))
     dy, dx, dtype = _fitting(dy, x, plan), _new(x, plan), compute_dtype(x)
     g = None if epilogue.residual is None else _new(x, plan)
-    mean, m2 = _as(moments.mean, torch.float64), _as(moments.m2, torch.float64)
-    counts = moments.count.contiguous()
-    wide_weight, wide_bias = _parameter(weight, dtype), _parameter(bias, dtype)
+    batch = _as_read(moments)
     d_weight = torch.empty(plan.channels, dtype=dtype) if affine and weight is not None else None
     d_bias = torch.empty(plan.channels, dtype=dtype) if affine and bias is not None else None
+    operands = {
+        "x": x,
+        "dy": dy,
+        "residual": _residual(epilogue, x, plan),
+        "counts": batch.count,
+        "mean": batch.mean,
+        "m2": batch.m2,
+        "weight": _parameter(weight, dtype),
+        "bias": _parameter(bias, dtype),
+    }
     reduces = not frozen or d_weight is not None or d_bias is not None
-    if plan.is_fused:
-        launch(
-            "backward", plan, x.dtype, Settings(eps, *_act(epilogue), frozen, reduces), x=x,
-            dy=dy, dx=dx, g=g, residual=_residual(epilogue, x, plan), mean=mean, m2=m2,
-            counts=counts, weight=wide_weight, bias=wide_bias, d_weight=d_weight, d_bias=d_bias,
-        )  # fmt: skip
-    else:
-        coefficients = _coefficients(x, plan, mean, m2, counts, wide_weight, wide_bias, eps)
-        slope, offset = torch.zeros((2, plan.groups, plan.channels), dtype=dtype)
-        if reduces:
-            total, projection = _statistics(plan)
-            _backward_reduce(dy, x, plan, coefficients, epilogue, total, projection)
-            launch(
-                "slopes", plan, x.dtype, Settings(eps, frozen=frozen), total=total,
-                projection=projection, slope=slope, offset=offset, mean=mean, m2=m2,
-                counts=counts, weight=wide_weight, bias=wide_bias, d_weight=d_weight,
-                d_bias=d_bias,
-            )  # fmt: skip
-        _backward_apply(dy, x, plan, coefficients, epilogue, slope, offset, dx, g)
+    settings = _settings(epilogue, eps, frozen=frozen, reduces=reduces)
+    if reduces and not plan.is_fused:
+        sums = _backward_reduce(plan, x.dtype, settings, operands)
+        operands["total"], operands["projection"] = sums
+        settings = settings._replace(known=True)
+    launch(
+        "backward", plan, x.dtype, settings, dx=dx, g=g, d_weight=d_weight, d_bias=d_bias,
+        **operands,
+    )  # fmt: skip
     return Gradients(dx, g, _like(d_weight, weight), _like(d_bias, bias))
 
 
@@ -168,8 +176,7 @@ def track(
     mean: Tensor, var: Tensor, batches: Tensor | None, batch: Moments, momentum: float | None
 ) -> None:
     """Move running statistics (c,) towards a batch's, in one call."""
-    buffers = (mean, var) if batches is None else (mean, var, batches)
-    if var.dtype != mean.dtype or not all(t.is_contiguous() for t in buffers):
+    if var.dtype != mean.dtype or not (mean.is_contiguous() and var.is_contiguous()):
         reference.track(mean, var, batches, batch, momentum)
         return
     plan = plan_of((1, *mean.shape), (1, 1), 1, mean.dtype.itemsize)
@@ -209,8 +216,8 @@ def _new(x: Tensor, plan: Plan) -> Tensor:
     return torch.empty(plan.shape, dtype=x.dtype)
 
 
-def _act(epilogue: Epilogue) -> tuple[str, float]:
-    return epilogue.act.name, epilogue.act.parameter
+def _settings(epilogue: Epilogue, eps: float = 0.0, **others: bool) -> Settings:
+    return Settings(eps, epilogue.act.name, epilogue.act.parameter, **others)
 
 
 def _residual(epilogue: Epilogue, x: Tensor, plan: Plan) -> Tensor | None:
@@ -229,90 +236,44 @@ def _fitting(tensor: Tensor, x: Tensor, plan: Plan) -> Tensor:
     return _new(x, plan).copy_(tensor)
 
 
-def _moments(x: Tensor, plan: Plan, mean: Tensor, m2: Tensor) -> None:
-    partial = _partial(plan)
+def _unknown(plan: Plan) -> Moments:
+    """The moments of a plan's channels, with room for mean and m2."""
+    shape = plan.statistics
+    mean, m2 = (torch.empty(shape, dtype=torch.float64) for _ in range(2))
+    return Moments(torch.full(shape, plan.count), mean, m2)
+
+
+def _moments(x: Tensor, plan: Plan, batch: Moments) -> None:
+    """Fill in mean and m2."""
+    first, second = _partial(plan)
     launch(
-        "moments", plan, x.dtype, x=x, mean=mean, m2=m2, partial_first=partial[0],
-        partial_second=partial[1],
-    )  # fmt: skip
-
-
-def _coefficients(
-    x: Tensor,
-    plan: Plan,
-    mean: Tensor,
-    m2: Tensor,
-    counts: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Coefficients:
-    parts = torch.empty((3, plan.groups, plan.channels), dtype=compute_dtype(x))
-    coefficients = Coefficients(*parts)
-    launch(
-        "coefficients", plan, x.dtype, Settings(eps), mean=mean, m2=m2, counts=counts,
-        weight=weight, bias=bias, **coefficients._asdict(),
-    )  # fmt: skip
-    return coefficients
-
-
-def _apply(
-    x: Tensor, plan: Plan, coefficients: Coefficients, epilogue: Epilogue, y: Tensor
-) -> None:
-    launch(
-        "apply", plan, x.dtype, Settings(0.0, *_act(epilogue)), x=x, y=y,
-        residual=_residual(epilogue, x, plan), **coefficients._asdict(),
+        "moments", plan, x.dtype, x=x, mean=batch.mean, m2=batch.m2, partial_first=first,
+        partial_second=second,
     )  # fmt: skip
 
 
 def _backward_reduce(
-    dy: Tensor,
-    x: Tensor,
-    plan: Plan,
-    coefficients: Coefficients,
-    epilogue: Epilogue,
-    total: Tensor,
-    projection: Tensor,
-) -> None:
-    partial = _partial(plan)
+    plan: Plan, dtype: torch.dtype, settings: Settings, operands: dict[str, Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    total, projection = (torch.empty(plan.statistics, dtype=torch.float64) for _ in range(2))
+    first, second = _partial(plan)
     launch(
-        "backward_reduce", plan, x.dtype, Settings(0.0, *_act(epilogue)), x=x, dy=dy,
-        residual=_residual(epilogue, x, plan), total=total, projection=projection,
-        partial_first=partial[0], partial_second=partial[1], **coefficients._asdict(),
+        "backward_reduce", plan, dtype, settings, total=total, projection=projection,
+        partial_first=first, partial_second=second, **operands,
     )  # fmt: skip
+    return total, projection
 
 
-def _backward_apply(
-    dy: Tensor,
-    x: Tensor,
-    plan: Plan,
-    coefficients: Coefficients,
-    epilogue: Epilogue,
-    slope: Tensor,
-    offset: Tensor,
-    dx: Tensor,
-    g: Tensor | None,
-) -> None:
-    launch(
-        "backward_apply", plan, x.dtype, Settings(0.0, *_act(epilogue)), x=x, dy=dy, dx=dx, g=g,
-        residual=_residual(epilogue, x, plan), slope=slope, offset=offset,
-        **coefficients._asdict(),
-    )  # fmt: skip
-
-
-def _partial(plan: Plan) -> Tensor:
+def _partial(plan: Plan) -> tuple[Tensor, Tensor]:
     """Room for what the segments of a channel leave: two numbers each."""
-    return torch.empty((2, plan.groups, plan.segments, plan.channels), dtype=torch.float64)
-
-
-def _statistics(plan: Plan) -> tuple[Tensor, Tensor]:
-    """Room for two numbers of each channel of each group."""
-    shape = (plan.groups, plan.channels)
+    shape = (plan.segments, *plan.statistics)
     return torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=torch.float64)
 
 
-def _counts(plan: Plan) -> Tensor:
-    return torch.full((plan.groups, plan.channels), plan.count)
+def _as_read(moments: Moments) -> Moments:
+    """Moments as the kernels read them."""
+    mean, m2 = _as(moments.mean, torch.float64), _as(moments.m2, torch.float64)
+    return Moments(_as(moments.count, torch.int64), mean, m2)
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -40,6 +40,7 @@ class Settings(NamedTuple):
     parameter: float = 0.0  # the activation's
     frozen: bool = False
     reduces: bool = False  # whether the sums of the backward pass are asked for
+    known: bool = False  # whether the moments, or those sums, come in
     share: float = 0.0  # of a batch in running statistics
 
 
@@ -94,7 +95,7 @@ def _prepared(
             repeat = 1
     head = _HEAD.pack(
         *(0 for _ in COUNTERS), *plan.numbers, *strides, repeat, settings.frozen,
-        settings.reduces, settings.eps, settings.share, settings.parameter,
+        settings.reduces, settings.known, settings.eps, settings.share, settings.parameter,
     )  # fmt: skip
     residual = any(place == _PLACES["residual"] for place, *_ in walked)
     variant = Variant(kernel, plan.family, STORAGE[dtype], settings.act, residual)

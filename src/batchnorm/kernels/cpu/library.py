@@ -34,7 +34,7 @@ STRIDES = (
     *("x_outer", "x_inner", "y_outer", "y_inner", "dy_outer", "dy_inner", "dx_outer", "dx_inner"),
     *("residual_outer", "residual_inner", "g_outer", "g_inner", "repeat"),
 )
-SETTINGS = ("frozen", "reduces")
+SETTINGS = ("frozen", "reduces", "known")
 FRACTIONS = ("eps", "share", "parameter")
 ADDRESSES = (
     *("x", "y", "dy", "dx", "residual", "g"),

@@ -100,6 +100,11 @@ class Plan:
         return self.groups * self.channels * self.count
 
     @cached_property
+    def statistics(self) -> tuple[int, ...]:
+        """The shape of what there is one of for each channel of each group."""
+        return (self.channels,) if self.groups == 1 else (self.groups, self.channels)
+
+    @cached_property
     def tasks(self) -> int:
         """What threads share: blocks of a group's channels, in segments."""
         return self.groups * self.blocks * self.segments

@@ -22,6 +22,7 @@ COMPUTE = np.float32  # of the arithmetic
 MOMENTS = APPLY = BACKWARD_REDUCE = BACKWARD_APPLY = None  # the block functions of a family
 
 NEXT, FINISHED = 0, 1  # the record's counters
+NOTHING = -1
 
 Tensors = namedtuple("Tensors", "x y dy dx residual g")
 Room = namedtuple(
@@ -72,11 +73,17 @@ def rooms(base, pitch, compute):
 
 
 @inlined
+def units_of(a, segment):
+    """Where the units of a segment begin and end."""
+    return segment * a.units // a.segments, (segment + 1) * a.units // a.segments
+
+
+@inlined
 def task(a, number):
     """Group, channels, units and place among the partial results of a task."""
     segment, block = number % a.segments, number // a.segments
     group, first = block // a.blocks, block % a.blocks * a.block
-    unit, stop = segment * a.units // a.segments, (segment + 1) * a.units // a.segments
+    unit, stop = units_of(a, segment)
     at = (group * a.segments + segment) * a.channels + first
     return group, first, min(first + a.block, a.channels), unit, stop, at
 
@@ -158,6 +165,17 @@ def copy_out(a, values, address, group, first, last, compute):
         target[group * a.channels + c] = values[c - first]
 
 
+@inlined
+def find_coefficients(a, room, group, first, last, compute):
+    """Center, scale and shift of a block: those that came, or else those of the moments."""
+    if a.center == 0:
+        compute_coefficients(a, room, group, first, last, compute)
+    else:
+        copy_in(a, a.center, room.center, group, first, last, compute)
+        copy_in(a, a.scale, room.scale, group, first, last, compute)
+        copy_in(a, a.shift, room.shift, group, first, last, compute)
+
+
 def moments(arguments):
     """Mean and m2 of every channel; the thread that ends last merges the segments."""
     a = carray(arguments, 1)[0]
@@ -192,48 +210,23 @@ def moments(arguments):
                         m2[to + c] = old_m2 + m2s[at + c] + between
 
 
-def coefficients(arguments):
-    """Center, scale and shift of every channel."""
-    a = carray(arguments, 1)[0]
-    room = rooms(scratch(np.float64, ROOM_SIZE), a.pitch, COMPUTE)
-    for group in range(a.groups):
-        for first in range(0, a.channels, a.block):
-            last = min(first + a.block, a.channels)
-            compute_coefficients(a, room, group, first, last, COMPUTE)
-            copy_out(a, room.center, a.center, group, first, last, COMPUTE)
-            copy_out(a, room.scale, a.scale, group, first, last, COMPUTE)
-            copy_out(a, room.shift, a.shift, group, first, last, COMPUTE)
-
-
-def apply(arguments):
-    """y from coefficients."""
-    a = carray(arguments, 1)[0]
-    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), a.pitch, COMPUTE)
-    while True:
-        number = claim(arguments, NEXT)
-        if number >= a.tasks:
-            return
-        group, first, last, unit, stop, _ = task(a, number)
-        copy_in(a, a.center, room.center, group, first, last, COMPUTE)
-        copy_in(a, a.scale, room.scale, group, first, last, COMPUTE)
-        copy_in(a, a.shift, room.shift, group, first, last, COMPUTE)
-        APPLY(a, t, room, group, first, last, unit, stop)
-
-
 def forward(arguments):
-    """Mean, m2 and y; from the mean and m2 that came where a count came with them."""
+    """Mean, m2 and y, or y alone where the mean and m2 are known."""
     a = carray(arguments, 1)[0]
     t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), a.pitch, COMPUTE)
+    ready = NOTHING
     while True:
         number = claim(arguments, NEXT)
         if number >= a.tasks:
             return
         group, first, last, unit, stop, _ = task(a, number)
-        if a.counts == 0:
+        if not a.known:
             MOMENTS(a, t, room, group, first, last, unit, stop)
             copy_out(a, room.first, a.mean, group, first, last, np.float64)
             copy_out(a, room.second, a.m2, group, first, last, np.float64)
-        compute_coefficients(a, room, group, first, last, COMPUTE)
+        if ready != number // a.segments:
+            ready = number // a.segments
+            find_coefficients(a, room, group, first, last, COMPUTE)
         APPLY(a, t, room, group, first, last, unit, stop)
 
 
@@ -245,14 +238,15 @@ def backward_reduce(arguments):
     projections = span(a.partial_second, np.float64, "partial")
     total = span(a.total, np.float64, "per channel")
     projection = span(a.projection, np.float64, "per channel")
+    ready = NOTHING
     while True:
         number = claim(arguments, NEXT)
         if number >= a.tasks:
             return
         group, first, last, unit, stop, at = task(a, number)
-        copy_in(a, a.center, room.center, group, first, last, COMPUTE)
-        copy_in(a, a.scale, room.scale, group, first, last, COMPUTE)
-        copy_in(a, a.shift, room.shift, group, first, last, COMPUTE)
+        if ready != number // a.segments:
+            ready = number // a.segments
+            find_coefficients(a, room, group, first, last, COMPUTE)
         BACKWARD_REDUCE(a, t, room, group, first, last, unit, stop)
         for i in range(last - first):
             totals[at + i] = room.first[i]
@@ -267,6 +261,56 @@ def backward_reduce(arguments):
                         old_projection = 0.0 if segment == 0 else projection[to + c]
                         total[to + c] = old_total + totals[at + c]
                         projection[to + c] = old_projection + projections[at + c]
+
+
+def backward_apply(arguments):
+    """dx from coefficients, slope and offset."""
+    a = carray(arguments, 1)[0]
+    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), a.pitch, COMPUTE)
+    while True:
+        number = claim(arguments, NEXT)
+        if number >= a.tasks:
+            return
+        group, first, last, unit, stop, _ = task(a, number)
+        find_coefficients(a, room, group, first, last, COMPUTE)
+        copy_in(a, a.slope, room.slope, group, first, last, COMPUTE)
+        copy_in(a, a.offset, room.offset, group, first, last, COMPUTE)
+        BACKWARD_APPLY(a, t, room, group, first, last, unit, stop)
+
+
+def backward(arguments):
+    """dx, dγ and dβ, from the sums where they are known.
+
+    A task has its channels in every group, over which dγ and dβ are sums.
+    """
+    a = carray(arguments, 1)[0]
+    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), a.pitch, COMPUTE)
+    ready = NOTHING
+    while True:
+        number = claim(arguments, NEXT)
+        if number >= a.blocks * a.segments:
+            return
+        block, segment = number // a.segments, number % a.segments
+        unit, stop = units_of(a, segment)
+        first = block * a.block
+        last = min(first + a.block, a.channels)
+        anew = ready != block or a.groups > 1
+        ready = block
+        if anew:
+            for i in range(last - first):
+                room.d_weight[i] = room.d_bias[i] = room.first[i] = room.second[i] = 0.0
+        for group in range(a.groups):
+            if anew:
+                find_coefficients(a, room, group, first, last, COMPUTE)
+                if a.known:
+                    copy_in(a, a.total, room.first, group, first, last, np.float64)
+                    copy_in(a, a.projection, room.second, group, first, last, np.float64)
+                elif a.reduces:
+                    BACKWARD_REDUCE(a, t, room, group, first, last, unit, stop)
+                compute_slopes(a, room, group, first, last)
+            BACKWARD_APPLY(a, t, room, group, first, last, unit, stop)
+        if segment == 0:
+            store_parameter_gradients(a, room, first, last, COMPUTE)
 
 
 def track(arguments):
@@ -294,71 +338,12 @@ def track(arguments):
         running_var[c] += COMPUTE(share) * (new_var - running_var[c])
 
 
-def slopes(arguments):
-    """Slope and offset of every channel, dγ and dβ, from the sums."""
-    a = carray(arguments, 1)[0]
-    room = rooms(scratch(np.float64, ROOM_SIZE), a.pitch, COMPUTE)
-    for first in range(0, a.channels, a.block):
-        last = min(first + a.block, a.channels)
-        for i in range(last - first):
-            room.d_weight[i] = room.d_bias[i] = 0.0
-        for group in range(a.groups):
-            compute_coefficients(a, room, group, first, last, COMPUTE)
-            copy_in(a, a.total, room.first, group, first, last, np.float64)
-            copy_in(a, a.projection, room.second, group, first, last, np.float64)
-            compute_slopes(a, room, group, first, last)
-            copy_out(a, room.slope, a.slope, group, first, last, COMPUTE)
-            copy_out(a, room.offset, a.offset, group, first, last, COMPUTE)
-        store_parameter_gradients(a, room, first, last, COMPUTE)
-
-
-def backward_apply(arguments):
-    """dx from coefficients, slope and offset."""
-    a = carray(arguments, 1)[0]
-    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), a.pitch, COMPUTE)
-    while True:
-        number = claim(arguments, NEXT)
-        if number >= a.tasks:
-            return
-        group, first, last, unit, stop, _ = task(a, number)
-        copy_in(a, a.center, room.center, group, first, last, COMPUTE)
-        copy_in(a, a.scale, room.scale, group, first, last, COMPUTE)
-        copy_in(a, a.shift, room.shift, group, first, last, COMPUTE)
-        copy_in(a, a.slope, room.slope, group, first, last, COMPUTE)
-        copy_in(a, a.offset, room.offset, group, first, last, COMPUTE)
-        BACKWARD_APPLY(a, t, room, group, first, last, unit, stop)
-
-
-def backward(arguments):
-    """dx, dγ and dβ; a task has its channels in every group, over which dγ and dβ are sums."""
-    a = carray(arguments, 1)[0]
-    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), a.pitch, COMPUTE)
-    while True:
-        number = claim(arguments, NEXT)
-        if number >= a.blocks:
-            return
-        first = number * a.block
-        last = min(first + a.block, a.channels)
-        for i in range(last - first):
-            room.d_weight[i] = room.d_bias[i] = room.first[i] = room.second[i] = 0.0
-        for group in range(a.groups):
-            compute_coefficients(a, room, group, first, last, COMPUTE)
-            if a.reduces:
-                BACKWARD_REDUCE(a, t, room, group, first, last, 0, a.units)
-            compute_slopes(a, room, group, first, last)
-            BACKWARD_APPLY(a, t, room, group, first, last, 0, a.units)
-        store_parameter_gradients(a, room, first, last, COMPUTE)
-
-
 KERNELS = {
     kernel.__name__: inspect.unwrap(kernel)
     for kernel in (
         moments,
-        coefficients,
-        apply,
         forward,
         backward_reduce,
-        slopes,
         track,
         backward_apply,
         backward,
