@@ -151,7 +151,7 @@ def plan_for(shape: tuple[int, ...], layout: Layout, groups: int, itemsize: int)
         block = min(max(block, RUN // (length * itemsize)), WIDTH // length)
     block = max(1, min(block, c, ROOM))
     segments = 1
-    scattered = layout.channels_last and total * itemsize > CACHED  # blocks would be short runs
+    scattered = layout.channels_last and (total * itemsize > CACHED or block < 2 * WIDE)
     too_few = -(-c // block) * groups < tasks // 2
     if scattered or too_few or block * channel > LARGEST_SLAB:
         block = max(1, min(c, ROOM // length if in_columns else ROOM))
