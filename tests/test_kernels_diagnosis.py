@@ -33,6 +33,6 @@ def test_it_says_where_threads_or_a_cache_are_missing(monkeypatch):
 
 def test_the_cache_it_names_is_where_kernels_lie():
     folder = library.cache_folder()
-    library.address_of(library.Variant("coefficients", "rows", "float32", "identity", False))
+    library.address_of(library.Variant("track", "rows", "float32", "identity", "none"))
     assert folder is not None
-    assert list(folder.glob("*coefficients_rows_float32_identity_False*.nbc"))
+    assert list(folder.glob("*track_rows_float32_identity_none*.nbc"))

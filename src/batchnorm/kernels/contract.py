@@ -97,8 +97,11 @@ class Backend(Protocol):
 
     def backward_reduce(
         self, dy: Tensor, x: Tensor, coefficients: Coefficients, epilogue: Epilogue
-    ) -> tuple[Tensor, Tensor]:
-        """Σg and Σg·(x − center) of each channel, g being dy taken through the activation."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Σg and Σg·(x − center) of each channel, and g itself where there is a residual.
+
+        g is dy taken through the activation, and the residual's gradient.
+        """
 
     def backward_apply(
         self,
@@ -108,9 +111,10 @@ class Backend(Protocol):
         epilogue: Epilogue,
         slope: Tensor,
         offset: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
-        """dx = scale·(g + (x − center)·slope + offset), and g where there is a residual.
+    ) -> Tensor:
+        """dx = scale·(g + (x − center)·slope + offset).
 
+        Where there was a residual, `backward_reduce` gave g: it comes as dy, without epilogue.
         The scale stands outside: where it is 1e-30 its product with the slope would be 0.
         """
 

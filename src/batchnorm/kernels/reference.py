@@ -73,11 +73,11 @@ def apply(x: Tensor, coefficients: Coefficients, epilogue: Epilogue) -> Tensor:
 
 def backward_reduce(
     dy: Tensor, x: Tensor, coefficients: Coefficients, epilogue: Epilogue
-) -> tuple[Tensor, Tensor]:
-    """Σg and Σg·(x − center)."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Σg and Σg·(x − center), and g where there is a residual."""
     x, epilogue = _prepared(x, epilogue, coefficients)
     g = _through_activation(dy, x, coefficients, epilogue)
-    return _sums(g, x, coefficients.center)
+    return *_sums(g, x, coefficients.center), _residual_gradient(g, epilogue)
 
 
 def backward_apply(
@@ -87,12 +87,11 @@ def backward_apply(
     epilogue: Epilogue,
     slope: Tensor,
     offset: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """dx = scale·(g + (x − center)·slope + offset), and g where there is a residual."""
+) -> Tensor:
+    """dx = scale·(g + (x − center)·slope + offset)."""
     x, epilogue = _prepared(x, epilogue, coefficients)
     g = _through_activation(dy, x, coefficients, epilogue)
-    dx = _input_gradient(g, x, coefficients, epilogue, slope, offset)
-    return dx, _residual_gradient(g, epilogue)
+    return _input_gradient(g, x, coefficients, epilogue, slope, offset)
 
 
 def forward(

@@ -59,7 +59,7 @@ def moments(x: Tensor, mask: Tensor | None = None, groups: int = 1) -> Moments:
 
 def apply(x: Tensor, coefficients: Coefficients, epilogue: Epilogue) -> Tensor:
     """y = act((x − center)·scale + shift + residual)."""
-    x, plan = _planned(x, groups_of(coefficients.center))
+    x, plan = _planned(x, groups_of(coefficients.center), once=True)
     y = _new(x, plan)
     launch(
         "forward", plan, x.dtype, _settings(epilogue, known=True), x=x, y=y,
@@ -70,16 +70,13 @@ def apply(x: Tensor, coefficients: Coefficients, epilogue: Epilogue) -> Tensor:
 
 def backward_reduce(
     dy: Tensor, x: Tensor, coefficients: Coefficients, epilogue: Epilogue
-) -> tuple[Tensor, Tensor]:
-    """Σg and Σg·(x − center)."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Σg and Σg·(x − center), and g where there is a residual."""
     x, plan = _planned(x, groups_of(coefficients.center))
-    operands = {
-        "x": x,
-        "dy": _fitting(dy, x, plan),
-        "residual": _residual(epilogue, x, plan),
-        **coefficients._asdict(),
-    }
-    return _backward_reduce(plan, x.dtype, _settings(epilogue), operands)
+    operands = {**_operands(dy, x, plan, epilogue), **coefficients._asdict()}
+    sums = _sums(plan)
+    launch("backward_reduce", plan, x.dtype, _settings(epilogue), **operands, **sums)
+    return sums["total"], sums["projection"], operands["g"]
 
 
 def backward_apply(
@@ -89,18 +86,16 @@ def backward_apply(
     epilogue: Epilogue,
     slope: Tensor,
     offset: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """dx = scale·(g + (x − center)·slope + offset), and g where there is a residual."""
-    x, plan = _planned(x, groups_of(coefficients.center))
-    dy, dx = _fitting(dy, x, plan), _new(x, plan)
-    dtype = compute_dtype(x)
-    g = None if epilogue.residual is None else _new(x, plan)
+) -> Tensor:
+    """dx = scale·(g + (x − center)·slope + offset)."""
+    assert epilogue.residual is None
+    x, plan = _planned(x, groups_of(coefficients.center), once=True)
+    dx, dtype = _new(x, plan), compute_dtype(x)
     launch(
-        "backward_apply", plan, x.dtype, _settings(epilogue), x=x, dy=dy, dx=dx, g=g,
-        residual=_residual(epilogue, x, plan), slope=_as(slope, dtype),
-        offset=_as(offset, dtype), **coefficients._asdict(),
+        "backward_apply", plan, x.dtype, _settings(epilogue), dx=dx, slope=_as(slope, dtype),
+        offset=_as(offset, dtype), **_operands(dy, x, plan, epilogue), **coefficients._asdict(),
     )  # fmt: skip
-    return dx, g
+    return dx
 
 
 def forward(
@@ -113,7 +108,7 @@ def forward(
     given: Moments | None = None,
 ) -> tuple[Tensor, Moments]:
     """`moments`, where none are given, and `apply`."""
-    x, plan = _planned(x, groups)
+    x, plan = _planned(x, groups, once=given is not None)
     y, dtype = _new(x, plan), compute_dtype(x)
     known = given is not None or not plan.is_fused
     if given is None:
@@ -142,33 +137,30 @@ def backward(
     frozen: bool,
     affine: bool = True,
 ) -> Gradients:
-    """`backward_reduce` and `backward_apply`."""
-    x, plan = _planned(x, groups_of(moments.mean))
-    dy, dx, dtype = _fitting(dy, x, plan), _new(x, plan), compute_dtype(x)
-    g = None if epilogue.residual is None else _new(x, plan)
-    batch = _as_read(moments)
+    """`backward_reduce` and `backward_apply`; in one sweep where the moments are constants."""
+    x, plan = _planned(x, groups_of(moments.mean), once=frozen)
+    dx, dtype, batch = _new(x, plan), compute_dtype(x), _as_read(moments)
     d_weight = torch.empty(plan.channels, dtype=dtype) if affine and weight is not None else None
     d_bias = torch.empty(plan.channels, dtype=dtype) if affine and bias is not None else None
     operands = {
-        "x": x,
-        "dy": dy,
-        "residual": _residual(epilogue, x, plan),
+        **_operands(dy, x, plan, epilogue),
         "counts": batch.count,
         "mean": batch.mean,
         "m2": batch.m2,
         "weight": _parameter(weight, dtype),
         "bias": _parameter(bias, dtype),
     }
-    reduces = not frozen or d_weight is not None or d_bias is not None
-    settings = _settings(epilogue, eps, frozen=frozen, reduces=reduces)
-    if reduces and not plan.is_fused:
-        sums = _backward_reduce(plan, x.dtype, settings, operands)
-        operands["total"], operands["projection"] = sums
-        settings = settings._replace(known=True)
+    settings = _settings(epilogue, eps, known=not plan.is_fused)
+    sums: dict[str, Tensor] = {}
+    if frozen or settings.known:
+        sums = _sums(plan)
+    if settings.known and not frozen:
+        launch("backward_reduce", plan, x.dtype, settings, **operands, **sums)
     launch(
-        "backward", plan, x.dtype, settings, dx=dx, g=g, d_weight=d_weight, d_bias=d_bias,
-        **operands,
+        "backward_frozen" if frozen else "backward", plan, x.dtype, settings, dx=dx,
+        d_weight=d_weight, d_bias=d_bias, **operands, **sums,
     )  # fmt: skip
+    g = operands["g"]
     return Gradients(dx, g, _like(d_weight, weight), _like(d_bias, bias))
 
 
@@ -179,7 +171,7 @@ def track(
     if var.dtype != mean.dtype or not (mean.is_contiguous() and var.is_contiguous()):
         reference.track(mean, var, batches, batch, momentum)
         return
-    plan = plan_of((1, *mean.shape), (1, 1), 1, mean.dtype.itemsize)
+    plan = plan_of((1, *mean.shape), (1, 1), 1, mean.dtype.itemsize, True)
     assert plan is not None
     launch(
         "track", plan,
@@ -191,12 +183,15 @@ def track(
         torch.autograd.graph.increment_version(batches)
 
 
-def _planned(x: Tensor, groups: int) -> tuple[Tensor, Plan]:
-    """x, copied where its strides are none that the kernels walk, and its plan."""
-    plan = plan_of(x.shape, x.stride(), groups, x.dtype.itemsize)
+def _planned(x: Tensor, groups: int, *, once: bool = False) -> tuple[Tensor, Plan]:
+    """x, copied where its strides are none that the kernels walk, and its plan.
+
+    `once`: for a kernel that goes over the tensor once.
+    """
+    plan = plan_of(x.shape, x.stride(), groups, x.dtype.itemsize, once)
     if plan is None:
         x = x.contiguous()
-        plan = plan_of(x.shape, x.stride(), groups, x.dtype.itemsize)
+        plan = plan_of(x.shape, x.stride(), groups, x.dtype.itemsize, once)
         assert plan is not None
     return x, plan
 
@@ -252,16 +247,23 @@ def _moments(x: Tensor, plan: Plan, batch: Moments) -> None:
     )  # fmt: skip
 
 
-def _backward_reduce(
-    plan: Plan, dtype: torch.dtype, settings: Settings, operands: dict[str, Tensor | None]
-) -> tuple[Tensor, Tensor]:
-    total, projection = (torch.empty(plan.statistics, dtype=torch.float64) for _ in range(2))
+def _operands(dy: Tensor, x: Tensor, plan: Plan, epilogue: Epilogue) -> dict[str, Tensor | None]:
+    """What every backward kernel takes."""
+    residual = _residual(epilogue, x, plan)
+    g = None if residual is None else _new(x, plan)
+    return {"x": x, "dy": _fitting(dy, x, plan), "residual": residual, "g": g}
+
+
+def _sums(plan: Plan) -> dict[str, Tensor]:
+    """Room for Σg and Σg·(x − center), and for their parts."""
     first, second = _partial(plan)
-    launch(
-        "backward_reduce", plan, dtype, settings, total=total, projection=projection,
-        partial_first=first, partial_second=second, **operands,
-    )  # fmt: skip
-    return total, projection
+    shape = plan.statistics
+    return {
+        "total": torch.empty(shape, dtype=torch.float64),
+        "projection": torch.empty(shape, dtype=torch.float64),
+        "partial_first": first,
+        "partial_second": second,
+    }
 
 
 def _partial(plan: Plan) -> tuple[Tensor, Tensor]:

@@ -38,9 +38,7 @@ class Settings(NamedTuple):
     eps: float = 0.0
     act: str = "identity"
     parameter: float = 0.0  # the activation's
-    frozen: bool = False
-    reduces: bool = False  # whether the sums of the backward pass are asked for
-    known: bool = False  # whether the moments, or those sums, come in
+    known: bool = False  # whether the moments, or the backward pass's sums, come in
     share: float = 0.0  # of a batch in running statistics
 
 
@@ -94,9 +92,11 @@ def _prepared(
         if layout.outer != plan.channels * plan.length:  # gaps between the rows
             repeat = 1
     head = _HEAD.pack(
-        *(0 for _ in COUNTERS), *plan.numbers, *strides, repeat, settings.frozen,
-        settings.reduces, settings.known, settings.eps, settings.share, settings.parameter,
+        *(0 for _ in COUNTERS), *plan.numbers, *strides, repeat, settings.known, settings.eps,
+        settings.share, settings.parameter,
     )  # fmt: skip
-    residual = any(place == _PLACES["residual"] for place, *_ in walked)
+    residual = "none"
+    if any(place == _PLACES["residual"] for place, _ in walked):
+        residual = "kept_last" if kernel == "backward" and not settings.known else "kept_first"
     variant = Variant(kernel, plan.family, STORAGE[dtype], settings.act, residual)
     return head, address_of(variant), 1 if plan.size < ALONE else plan.tasks

@@ -34,7 +34,7 @@ STRIDES = (
     *("x_outer", "x_inner", "y_outer", "y_inner", "dy_outer", "dy_inner", "dx_outer", "dx_inner"),
     *("residual_outer", "residual_inner", "g_outer", "g_inner", "repeat"),
 )
-SETTINGS = ("frozen", "reduces", "known")
+SETTINGS = ("known",)
 FRACTIONS = ("eps", "share", "parameter")
 ADDRESSES = (
     *("x", "y", "dy", "dx", "residual", "g"),
@@ -53,7 +53,7 @@ class Variant(NamedTuple):
     family: str  # rows or columns
     storage: str  # float32, float64, or uint16, which is bfloat16's bits
     act: str
-    residual: bool
+    residual: str  # "none", or the sweep of a backward pass that writes its gradient
 
 
 @cache

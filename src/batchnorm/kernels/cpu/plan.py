@@ -126,14 +126,20 @@ class Plan:
 
 @lru_cache(maxsize=4096)
 def plan_of(
-    shape: tuple[int, ...], stride: tuple[int, ...], groups: int, itemsize: int
+    shape: tuple[int, ...], stride: tuple[int, ...], groups: int, itemsize: int, once: bool
 ) -> Plan | None:
-    """The plan of a tensor (n, c, *positions) with at least one value, if it can be walked."""
+    """The plan of a tensor (n, c, *positions) with at least one value, if it can be walked.
+
+    `once`: for a kernel that goes over it once, so that it wins nothing by a block that stays in
+    the cache.
+    """
     layout = layout_of(shape, stride)
-    return None if layout is None else plan_for(tuple(shape), layout, groups, itemsize)
+    return None if layout is None else plan_for(tuple(shape), layout, groups, itemsize, once)
 
 
-def plan_for(shape: tuple[int, ...], layout: Layout, groups: int, itemsize: int) -> Plan:
+def plan_for(
+    shape: tuple[int, ...], layout: Layout, groups: int, itemsize: int, once: bool
+) -> Plan:
     """The plan of a tensor (n, c, *positions) of that layout."""
     n, c, *positions = shape
     length = math.prod(positions)
@@ -153,7 +159,7 @@ def plan_for(shape: tuple[int, ...], layout: Layout, groups: int, itemsize: int)
     segments = 1
     scattered = layout.channels_last and (total * itemsize > CACHED or block < 2 * WIDE)
     too_few = -(-c // block) * groups < tasks // 2
-    if scattered or too_few or block * channel > LARGEST_SLAB:
+    if once or scattered or too_few or block * channel > LARGEST_SLAB:
         block = max(1, min(c, ROOM // length if in_columns else ROOM))
         wanted = min(max(total // SEGMENT, 1), TASKS)
         segments = min(units, -(-wanted // (groups * -(-c // block))))

@@ -134,7 +134,7 @@ def _spread_coefficients(a, room, channels, width):
 
 def columns(epilogue):
     """The block functions of this family with this epilogue."""
-    value, derivative, add, keep = epilogue
+    value, derivative, add, keep_first, keep_last, reads_kept = epilogue
 
     @inlined
     def gradient(t, room, j, at_dy, at_x, at_residual, parameter):
@@ -142,6 +142,12 @@ def columns(epilogue):
         d = load(t.x, at_x + j) - room.column_center[j]
         z = add(d * room.column_scale[j] + room.column_shift[j], t.residual, at_residual + j)
         return derivative(load(t.dy, at_dy + j), z, parameter), d
+
+    @inlined
+    def read_kept(t, room, j, at_g, at_x, at_residual, parameter):
+        return load(t.g, at_g + j), load(t.x, at_x + j) - room.column_center[j]
+
+    gradient_again = read_kept if reads_kept else gradient
 
     @inlined
     def apply(a, t, room, group, first, last, row, stop):
@@ -161,7 +167,7 @@ def columns(epilogue):
 
     @inlined
     def backward_reduce(a, t, room, group, first, last, row, stop):
-        """Σg and Σg·(x − center) of each channel, in float64."""
+        """Σg and Σg·(x − center) of each channel, in float64; keeps g, where it is kept first."""
         rows, width, rest = _shape(a, first, last, row, stop)
         channels = last - first
         _spread_coefficients(a, room, channels, width)
@@ -170,20 +176,19 @@ def columns(epilogue):
             room.column_second[j] = 0.0
         sample, column = group * a.samples + row, first * a.length
         parameter = a.parameter
-        # two rows at a time, as in the moments, where the columns' numbers crowd the nearest cache
-        half = rows // 2 if width > CROWDED else 0
-        down_dy, down_x = half * a.repeat * a.dy_outer, half * a.repeat * a.x_outer
-        down_residual = half * a.repeat * a.residual_outer
+        # two rows at a time, as in the moments, where the columns' numbers crowd the nearest cache;
+        # but not where g is stored, which two rows at a time keep from being vectorized
+        half = rows // 2 if width > CROWDED and not reads_kept else 0
+        down = half * a.repeat
         for r in range(half):
             this = sample + r * a.repeat
             at_dy, at_x = this * a.dy_outer + column, this * a.x_outer + column
             at_residual = this * a.residual_outer + column
+            low_dy, low_x = at_dy + down * a.dy_outer, at_x + down * a.x_outer
+            low_residual = at_residual + down * a.residual_outer
             for j in range(width):
                 g1, d1 = gradient(t, room, j, at_dy, at_x, at_residual, parameter)
-                g2, d2 = gradient(
-                    t, room, j, at_dy + down_dy, at_x + down_x, at_residual + down_residual,
-                    parameter,
-                )  # fmt: skip
+                g2, d2 = gradient(t, room, j, low_dy, low_x, low_residual, parameter)
                 first1, first2 = np.float64(g1), np.float64(g2)
                 room.column_first[j] += first1 + first2
                 room.column_second[j] += first1 * np.float64(d1) + first2 * np.float64(d2)
@@ -191,8 +196,10 @@ def columns(epilogue):
             this = sample + r * a.repeat
             at_dy, at_x = this * a.dy_outer + column, this * a.x_outer + column
             at_residual = this * a.residual_outer + column
+            at_g = this * a.g_outer + column
             for j in range(width if r < rows else rest):
                 g, d = gradient(t, room, j, at_dy, at_x, at_residual, parameter)
+                keep_first(t.g, at_g + j, g)
                 room.column_first[j] += np.float64(g)
                 room.column_second[j] += np.float64(g) * np.float64(d)
         _fold(a, room.column_first, room.first, channels, width)
@@ -200,7 +207,7 @@ def columns(epilogue):
 
     @inlined
     def backward_apply(a, t, room, group, first, last, row, stop):
-        """dx and, where there is a residual, g."""
+        """dx; from g where it was kept, or it is kept now."""
         rows, width, rest = _shape(a, first, last, row, stop)
         _spread_coefficients(a, room, last - first, width)
         _spread(a, room.slope, room.column_slope, last - first, width)
@@ -212,10 +219,36 @@ def columns(epilogue):
             at_dy, at_x = this * a.dy_outer + column, this * a.x_outer + column
             at_residual = this * a.residual_outer + column
             at_dx, at_g = this * a.dx_outer + column, this * a.g_outer + column
+            at = at_g if reads_kept else at_dy
             for j in range(width if r < rows else rest):
-                g, d = gradient(t, room, j, at_dy, at_x, at_residual, parameter)
+                g, d = gradient_again(t, room, j, at, at_x, at_residual, parameter)
                 dx = g + d * room.column_slope[j] + room.column_offset[j]
                 store(t.dx, at_dx + j, dx * room.column_scale[j])
-                keep(t.g, at_g + j, g)
+                keep_last(t.g, at_g + j, g)
 
-    return Blocks(moments, apply, backward_reduce, backward_apply)
+    @inlined
+    def backward_frozen(a, t, room, group, first, last, row, stop):
+        """`backward_reduce`, and dx on the way, where the moments are constants."""
+        rows, width, rest = _shape(a, first, last, row, stop)
+        channels = last - first
+        _spread_coefficients(a, room, channels, width)
+        for j in range(width):
+            room.column_first[j] = 0.0
+            room.column_second[j] = 0.0
+        sample, column = group * a.samples + row, first * a.length
+        parameter = a.parameter
+        for r in range(rows + 1):
+            this = sample + r * a.repeat
+            at_dy, at_x = this * a.dy_outer + column, this * a.x_outer + column
+            at_residual = this * a.residual_outer + column
+            at_dx, at_g = this * a.dx_outer + column, this * a.g_outer + column
+            for j in range(width if r < rows else rest):
+                g, d = gradient(t, room, j, at_dy, at_x, at_residual, parameter)
+                keep_first(t.g, at_g + j, g)
+                store(t.dx, at_dx + j, g * room.column_scale[j])
+                room.column_first[j] += np.float64(g)
+                room.column_second[j] += np.float64(g) * np.float64(d)
+        _fold(a, room.column_first, room.first, channels, width)
+        _fold(a, room.column_second, room.second, channels, width)
+
+    return Blocks(moments, apply, backward_reduce, backward_apply, backward_frozen)

@@ -7,8 +7,8 @@ from batchnorm.kernels.cpu.compiled.language import inlined, load, store
 
 __all__ = ["Blocks", "Epilogue", "epilogue"]
 
-Epilogue = namedtuple("Epilogue", "value derivative add keep")
-Blocks = namedtuple("Blocks", "moments apply backward_reduce backward_apply")
+Epilogue = namedtuple("Epilogue", "value derivative add keep_first keep_last reads_kept")
+Blocks = namedtuple("Blocks", "moments apply backward_reduce backward_apply backward_frozen")
 
 
 @inlined
@@ -32,8 +32,16 @@ def keep_nothing(target, at, g):
 
 
 def epilogue(act, residual, bits):
-    """The functions of an activation, with a residual before it or none, in 32 or 64 bits."""
-    value, derivative = VALUES[bits][act], DERIVATIVES[bits][act]
-    if residual:
-        return Epilogue(value, derivative, add_residual, keep)
-    return Epilogue(value, derivative, add_nothing, keep_nothing)
+    """The functions of an activation and of a residual before it, in 32 or 64 bits.
+
+    g is the residual's gradient, and written: in the first sweep of a backward pass, which spares
+    the second to compute it, or in the second. A block that stays in the cache through both has
+    it written last, for lines that one core writes and reads again are lines that the
+    prefetcher of the next one takes away.
+    """
+    functions = VALUES[bits][act], DERIVATIVES[bits][act]
+    if residual == "none":
+        return Epilogue(*functions, add_nothing, keep_nothing, keep_nothing, False)
+    if residual == "kept_first":
+        return Epilogue(*functions, add_residual, keep, keep_nothing, True)
+    return Epilogue(*functions, add_residual, keep_nothing, keep, False)

@@ -19,7 +19,8 @@ __all__ = ["KERNELS"]
 
 STORAGE = np.float32  # of the tensors; uint16 for bfloat16
 COMPUTE = np.float32  # of the arithmetic
-MOMENTS = APPLY = BACKWARD_REDUCE = BACKWARD_APPLY = None  # the block functions of a family
+# the block functions of a family
+MOMENTS = APPLY = BACKWARD_REDUCE = BACKWARD_APPLY = BACKWARD_FROZEN = None
 
 NEXT, FINISHED = 0, 1  # the record's counters
 NOTHING = -1
@@ -130,11 +131,11 @@ def compute_slopes(a, room, group, first, last):
         # the sums are about the rounded center; move them to the mean itself
         rounding = np.float64(room.center[i]) - mean[at]
         projection = room.second[i] + rounding * total
-        slope = 0.0 if a.frozen else -inverse * inverse * projection / n
+        slope = -inverse * inverse * projection / n
         room.d_weight[i] += projection * inverse
         room.d_bias[i] += total
         room.slope[i] = slope
-        room.offset[i] = 0.0 if a.frozen else rounding * slope - total / n
+        room.offset[i] = rounding * slope - total / n
 
 
 @inlined
@@ -210,6 +211,17 @@ def moments(arguments):
                         m2[to + c] = old_m2 + m2s[at + c] + between
 
 
+@inlined
+def add_segments(a, partial, total, group):
+    """The sums of a group's channels, from those of its segments."""
+    to = group * a.channels
+    for segment in range(a.segments):
+        at = (group * a.segments + segment) * a.channels
+        for c in range(a.channels):
+            before = 0.0 if segment == 0 else total[to + c]
+            total[to + c] = before + partial[at + c]
+
+
 def forward(arguments):
     """Mean, m2 and y, or y alone where the mean and m2 are known."""
     a = carray(arguments, 1)[0]
@@ -253,14 +265,8 @@ def backward_reduce(arguments):
             projections[at + i] = room.second[i]
         if claim(arguments, FINISHED) == a.tasks - 1:
             for group in range(a.groups):
-                for segment in range(a.segments):
-                    at = (group * a.segments + segment) * a.channels
-                    to = group * a.channels
-                    for c in range(a.channels):
-                        old_total = 0.0 if segment == 0 else total[to + c]
-                        old_projection = 0.0 if segment == 0 else projection[to + c]
-                        total[to + c] = old_total + totals[at + c]
-                        projection[to + c] = old_projection + projections[at + c]
+                add_segments(a, totals, total, group)
+                add_segments(a, projections, projection, group)
 
 
 def backward_apply(arguments):
@@ -298,19 +304,56 @@ def backward(arguments):
         ready = block
         if anew:
             for i in range(last - first):
-                room.d_weight[i] = room.d_bias[i] = room.first[i] = room.second[i] = 0.0
+                room.d_weight[i] = room.d_bias[i] = 0.0
         for group in range(a.groups):
             if anew:
                 find_coefficients(a, room, group, first, last, COMPUTE)
                 if a.known:
                     copy_in(a, a.total, room.first, group, first, last, np.float64)
                     copy_in(a, a.projection, room.second, group, first, last, np.float64)
-                elif a.reduces:
+                else:
                     BACKWARD_REDUCE(a, t, room, group, first, last, unit, stop)
                 compute_slopes(a, room, group, first, last)
             BACKWARD_APPLY(a, t, room, group, first, last, unit, stop)
         if segment == 0:
             store_parameter_gradients(a, room, first, last, COMPUTE)
+
+
+def backward_frozen(arguments):
+    """dx, dγ and dβ in one sweep, where the moments are constants."""
+    a = carray(arguments, 1)[0]
+    t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), a.pitch, COMPUTE)
+    totals = span(a.partial_first, np.float64, "partial")
+    projections = span(a.partial_second, np.float64, "partial")
+    total = span(a.total, np.float64, "per channel")
+    projection = span(a.projection, np.float64, "per channel")
+    ready = NOTHING
+    while True:
+        number = claim(arguments, NEXT)
+        if number >= a.tasks:
+            return
+        group, first, last, unit, stop, at = task(a, number)
+        if ready != number // a.segments:
+            ready = number // a.segments
+            find_coefficients(a, room, group, first, last, COMPUTE)
+        BACKWARD_FROZEN(a, t, room, group, first, last, unit, stop)
+        for i in range(last - first):
+            totals[at + i] = room.first[i]
+            projections[at + i] = room.second[i]
+        if claim(arguments, FINISHED) == a.tasks - 1:
+            for group in range(a.groups):
+                add_segments(a, totals, total, group)
+                add_segments(a, projections, projection, group)
+            for first in range(0, a.channels, a.block):
+                last = min(first + a.block, a.channels)
+                for i in range(last - first):
+                    room.d_weight[i] = room.d_bias[i] = 0.0
+                for group in range(a.groups):
+                    find_coefficients(a, room, group, first, last, COMPUTE)
+                    copy_in(a, a.total, room.first, group, first, last, np.float64)
+                    copy_in(a, a.projection, room.second, group, first, last, np.float64)
+                    compute_slopes(a, room, group, first, last)
+                store_parameter_gradients(a, room, first, last, COMPUTE)
 
 
 def track(arguments):
@@ -344,8 +387,9 @@ KERNELS = {
         moments,
         forward,
         backward_reduce,
-        track,
         backward_apply,
         backward,
+        backward_frozen,
+        track,
     )
 }

@@ -68,23 +68,46 @@ def moments(a, t, room, group, first, last, unit, stop):
 
 def rows(epilogue):
     """The block functions of this family with this epilogue."""
-    value, derivative, add, keep = epilogue
+    value, derivative, add, keep_first, keep_last, reads_kept = epilogue
 
     @inlined
-    def through_activation(dy, x, center, scale, shift, residual, at, parameter):
-        z = (x - center) * scale + shift
-        return derivative(dy, add(z, residual, at), parameter)
+    def gradient(t, at_dy, at_x, at_residual, center, scale, shift, parameter):
+        """What comes through the activation, and x − center."""
+        d = load(t.x, at_x) - center
+        z = add(d * scale + shift, t.residual, at_residual)
+        return derivative(load(t.dy, at_dy), z, parameter), d
+
+    @inlined
+    def read_kept(t, at_g, at_x, at_residual, center, scale, shift, parameter):
+        return load(t.g, at_g), load(t.x, at_x) - center
+
+    gradient_again = read_kept if reads_kept else gradient
 
     @summing
-    def gradient_sums(t, at_dy, at_x, at_residual, length, center, scale, shift, parameter):
+    def gradient_sums(t, at_dy, at_x, at_residual, at_g, length, center, scale, shift, parameter):
         total = projection = 0.0
         for i in range(length):
-            dy, x = load(t.dy, at_dy + i), load(t.x, at_x + i)
-            g = through_activation(
-                dy, x, center, scale, shift, t.residual, at_residual + i, parameter
+            g, d = gradient(
+                t, at_dy + i, at_x + i, at_residual + i, center, scale, shift, parameter
             )
             total += np.float64(g)
-            projection += np.float64(g) * np.float64(x - center)
+            projection += np.float64(g) * np.float64(d)
+            keep_first(t.g, at_g + i, g)
+        return total, projection
+
+    @summing
+    def frozen_sums(
+        t, at_dy, at_x, at_residual, at_g, at_dx, length, center, scale, shift, parameter
+    ):
+        total = projection = 0.0
+        for i in range(length):
+            g, d = gradient(
+                t, at_dy + i, at_x + i, at_residual + i, center, scale, shift, parameter
+            )
+            total += np.float64(g)
+            projection += np.float64(g) * np.float64(d)
+            keep_first(t.g, at_g + i, g)
+            store(t.dx, at_dx + i, g * scale)
         return total, projection
 
     @inlined
@@ -106,7 +129,7 @@ def rows(epilogue):
 
     @inlined
     def backward_reduce(a, t, room, group, first, last, unit, stop):
-        """Σg and Σg·(x − center) of each channel, in float64."""
+        """Σg and Σg·(x − center) of each channel, in float64; keeps g, where it is kept first."""
         parameter = a.parameter
         for i in range(last - first):
             room.first[i] = 0.0
@@ -119,6 +142,7 @@ def rows(epilogue):
                     sample * a.dy_outer + c * a.dy_inner + start,
                     sample * a.x_outer + c * a.x_inner + start,
                     sample * a.residual_outer + c * a.residual_inner + start,
+                    sample * a.g_outer + c * a.g_inner + start,
                     length,
                     room.center[c - first],
                     room.scale[c - first],
@@ -130,7 +154,7 @@ def rows(epilogue):
 
     @inlined
     def backward_apply(a, t, room, group, first, last, unit, stop):
-        """dx and, where there is a residual, g."""
+        """dx; from g where it was kept, or it is kept now."""
         parameter = a.parameter
         for u in range(unit, stop):
             sample, start, length = _unit(a, group, u)
@@ -143,12 +167,38 @@ def rows(epilogue):
                 at_dx = sample * a.dx_outer + c * a.dx_inner + start
                 at_residual = sample * a.residual_outer + c * a.residual_inner + start
                 at_g = sample * a.g_outer + c * a.g_inner + start
+                at = at_g if reads_kept else at_dy
                 for i in range(length):
-                    dy, x = load(t.dy, at_dy + i), load(t.x, at_x + i)
-                    g = through_activation(
-                        dy, x, center, scale, shift, t.residual, at_residual + i, parameter
+                    g, d = gradient_again(
+                        t, at + i, at_x + i, at_residual + i, center, scale, shift, parameter
                     )
-                    store(t.dx, at_dx + i, (g + (x - center) * slope + offset) * scale)
-                    keep(t.g, at_g + i, g)
+                    store(t.dx, at_dx + i, (g + d * slope + offset) * scale)
+                    keep_last(t.g, at_g + i, g)
 
-    return Blocks(moments, apply, backward_reduce, backward_apply)
+    @inlined
+    def backward_frozen(a, t, room, group, first, last, unit, stop):
+        """`backward_reduce`, and dx on the way, where the moments are constants."""
+        parameter = a.parameter
+        for i in range(last - first):
+            room.first[i] = 0.0
+            room.second[i] = 0.0
+        for u in range(unit, stop):
+            sample, start, length = _unit(a, group, u)
+            for c in range(first, last):
+                total, projection = frozen_sums(
+                    t,
+                    sample * a.dy_outer + c * a.dy_inner + start,
+                    sample * a.x_outer + c * a.x_inner + start,
+                    sample * a.residual_outer + c * a.residual_inner + start,
+                    sample * a.g_outer + c * a.g_inner + start,
+                    sample * a.dx_outer + c * a.dx_inner + start,
+                    length,
+                    room.center[c - first],
+                    room.scale[c - first],
+                    room.shift[c - first],
+                    parameter,
+                )
+                room.first[c - first] += total
+                room.second[c - first] += projection
+
+    return Blocks(moments, apply, backward_reduce, backward_apply, backward_frozen)
