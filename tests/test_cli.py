@@ -303,3 +303,78 @@ def test_doctor_names_what_runs_and_why(batchnorm, monkeypatch):
         "batchnorm.kernels.diagnosis.reason_without", lambda: "Numba is not installed; …"
     )
     assert "Numba is not installed" in batchnorm("doctor")[1]
+
+
+MODELS = """
+from torch import nn
+from batchnorm import BatchNorm2d
+
+def conv(inputs):
+    return nn.Conv2d(inputs, 100, 3, padding=1)
+
+def ours():
+    return nn.Sequential(conv(3), BatchNorm2d(100, act="relu"), conv(100))
+
+class Theirs(nn.Sequential):
+    def __init__(self):
+        super().__init__(conv(3), nn.BatchNorm2d(100), nn.ReLU(), conv(100))
+
+made = ours()
+number = 3
+
+def nothing():
+    pass
+
+def broken():
+    raise OSError("no such weights")
+"""
+
+
+@pytest.fixture
+def models(folder, monkeypatch):
+    """A module of models in the working directory, which `check` may import from."""
+    script(MODELS, name="some_models.py")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "some_models", raising=False)
+    yield
+    sys.modules.pop("some_models", None)
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize("name", ["ours", "made", "Theirs"])
+def test_check_memory_says_what_rematerialization_saves(batchnorm, name):
+    status, out, err = batchnorm("check", "--memory", f"some_models:{name}", "--input", "5,3,50,20")
+    assert (status, err) == (0, "")
+    title, _, *rows = out.splitlines()
+    assert title == f"some_models:{name}, 5×3×50×20, training"
+    cells = [row.split() for row in rows]
+    saved = ["2.0", "50%"]  # MB: one of two tensors of 5·100·50·20 values
+    assert cells[0][-1] == "4.0"
+    if name == "Theirs":
+        assert cells[1][-2:] == ["4.0", "0%"]
+        assert cells[2][-2:] == saved
+    else:
+        assert [row[-2:] for row in cells[1:]] == [saved]
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize(
+    ("target", "shape", "words"),
+    [
+        ("some_models", "5,3,8,8", ["'some_models' names no model", "package.module:make_model"]),
+        ("some_models:nix", "5,3,8,8", ["some_models has no nix"]),
+        ("no_models:ours", "5,3,8,8", ["cannot import no_models", "No module named"]),
+        ("some_models:number", "5,3,8,8", ["is int, no function that makes a model"]),
+        ("some_models:nothing", "5,3,8,8", ["nothing() returned NoneType"]),
+        ("some_models:broken", "5,3,8,8", ["broken() failed: OSError: no such weights"]),
+        ("some_models:ours", "5,3,8,b", ["'5,3,8,b' is no shape", "32,3,224,224"]),
+        ("some_models:ours", "5,3,0,8", ["'5,3,0,8' is no shape"]),
+        ("some_models:ours", "5,4,8,8", ["shape (5, 4, 8, 8)", "to have 3 channels"]),
+    ],
+)
+def test_check_refuses_what_it_cannot_check(batchnorm, target, shape, words):
+    refused(batchnorm("check", "--memory", target, "--input", shape), *words)
+
+
+def test_check_says_what_there_is_to_check(batchnorm):
+    refused(batchnorm("check", "some_models:ours", "--input", "5,3,8,8"), "--memory")

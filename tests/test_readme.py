@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from batchnorm.cli.commands import app
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -28,11 +29,14 @@ def test_examples_print_what_stands_below_them(code, printed):
     assert out.getvalue() == printed
 
 
-def test_the_rules_are_the_list_shown():
-    shown = re.search(r"\$ batchnorm rules\n\n```text\n(.*?)```", README, flags=re.DOTALL)
-    result = CliRunner().invoke(app, ["rules"], env={"COLUMNS": "100"})
+@pytest.mark.parametrize("command", ["rules", "check --memory"])
+def test_commands_print_what_stands_below_them(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    shown = re.search(rf"\$ batchnorm ({command}.*)\n\n```text\n((?:.*\n)*?)```", README)
+    result = CliRunner().invoke(app, shown[1].split(), env={"COLUMNS": "100"})
     assert [line.split() for line in result.output.splitlines()] == [
-        line.split() for line in shown[1].splitlines()
+        line.split() for line in shown[2].splitlines()
     ]
 
 
@@ -45,12 +49,11 @@ def test_the_report_is_the_one_shown():
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
     )
     assert shown.strip() in result.stderr
 
 
 def test_links_lead_to_files():
-    root = Path(__file__).parents[1]
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (root / target).exists(), target
+        assert (ROOT / target).exists(), target

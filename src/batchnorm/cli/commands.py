@@ -14,12 +14,14 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.table import Table
+from rich.table import Column, Table
 
 from batchnorm.audit import RULES, find_rule, run_script
 from batchnorm.audit.place import displayed
 from batchnorm.cli.files import example, write_atomically
+from batchnorm.cli.model import input_like, load_model, shape_of
 from batchnorm.kernels.diagnosis import diagnose
+from batchnorm.repair import activation_memory
 from batchnorm.report import print_report, to_json
 
 __all__ = ["app"]
@@ -75,6 +77,47 @@ def run(
     if strict and status == 0 and not report.is_clean:
         status = 1
     raise typer.Exit(status)
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="What makes the model: package.module:make_model.")],
+    input: Annotated[
+        str, typer.Option("--input", help="The shape of a batch, such as 32,3,224,224.")
+    ],
+    memory: Annotated[
+        bool, typer.Option("--memory", help="What `rematerialize` would save of its activations.")
+    ] = False,
+) -> None:
+    """Check a model.
+
+    With --memory: run one forward pass in training mode on noise, add up what it keeps for the
+    backward pass, and say how much of it `batchnorm.rematerialize(model)` would save.
+    """
+    if not memory:
+        _refuse("nothing to check; the check there is so far is --memory")
+    try:
+        shape = shape_of(input)
+        made = load_model(model)
+    except ValueError as error:
+        _refuse(str(error))
+    try:
+        kept = activation_memory(made, input_like(made, shape))
+    except Exception as error:
+        _refuse(
+            f"the model's forward pass failed on an input of shape {shape}: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        )
+    table = Table("kept for the backward pass", Column("MB", justify="right"), "saved", box=None)
+    table.add_row("as it is", _megabytes(kept.kept))
+    ways = {"after rematerialize(model)": kept.rematerialized}
+    if kept.converted != kept.rematerialized:
+        ways["and with this library's layers for torch.nn's"] = kept.converted
+    for way, size in ways.items():
+        table.add_row(way, _megabytes(size), f"{1 - size / max(kept.kept, 1):.0%}")
+    console = Console(soft_wrap=True)
+    console.print(f"{model}, {'×'.join(map(str, shape))}, training", highlight=False)
+    console.print(table)
 
 
 @app.command()
@@ -137,6 +180,10 @@ def _check_output(output: Path, script: Path) -> None:
         _refuse(f"{output} is the script itself; give another path to write to")
     if not os.access(output.parent, os.W_OK):
         _refuse(f"may not write into {output.parent}; give another path")
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f}"
 
 
 def _complain(reason: str) -> None:

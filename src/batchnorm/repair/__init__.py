@@ -1,5 +1,6 @@
 """Repairs: what to do about a model's batch norm, one file each."""
 
-from batchnorm.repair.rematerialize import Rematerialization, rematerialize
+from batchnorm.repair.activation_memory import ActivationMemory, activation_memory
+from batchnorm.repair.rematerialization import Rematerialization, rematerialize
 
-__all__ = ["Rematerialization", "rematerialize"]
+__all__ = ["ActivationMemory", "Rematerialization", "activation_memory", "rematerialize"]

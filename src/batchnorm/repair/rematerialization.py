@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from batchnorm.functional import Normalization, again, observe_normalizations
 
-__all__ = ["Rematerialization", "rematerialize"]
+__all__ = ["Pass", "Rematerialization", "Saved", "rematerialize"]
 
 
 def rematerialize(model: nn.Module) -> Rematerialization:
@@ -48,7 +48,7 @@ class Rematerialization:
     """The hooks that `rematerialize` put on a model; leaving it as a context takes them off."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._running: list[_Pass] = []
+        self._running: list[Pass] = []
         self._handles = (
             model.register_forward_pre_hook(self._begin, prepend=True),
             # also where the forward pass raises, lest the hooks outlive it
@@ -74,7 +74,7 @@ class Rematerialization:
     def _begin(self, model: nn.Module, inputs: Any) -> None:
         if torch.compiler.is_compiling():  # a compiler decides itself what to compute again
             return
-        begun = _Pass()
+        begun = Pass()
         begun.__enter__()
         self._running.append(begun)
 
@@ -88,6 +88,10 @@ class _Kept:
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor, self._version = tensor.detach(), tensor._version
+
+    def leaves(self) -> list[Tensor]:
+        """The tensor alone."""
+        return [self._tensor]
 
     def output(self) -> Tensor:
         """The tensor, as it was."""
@@ -124,6 +128,10 @@ class _Recipe:
             self._asked, self._rebuilt = 0, None
         return y
 
+    def leaves(self) -> list[Tensor]:
+        """The tensors that it keeps alive, those of the recipes that it builds on included."""
+        return [leaf for source in self._ingredients.values() for leaf in source.leaves()]
+
     def output(self) -> Tensor:
         """The output, for another recipe; kept where somebody else will ask for it."""
         if self._rebuilt is not None:
@@ -145,7 +153,7 @@ class _Recipe:
 
 
 @dataclass(frozen=True)
-class _Saved:
+class Saved:
     """What autograd keeps in place of a tensor: a recipe, and the part of its output."""
 
     recipe: _Recipe
@@ -168,7 +176,7 @@ class _Note:
         return y is not None and y._version == self.version and y.dtype == tensor.dtype
 
 
-class _Pass:
+class Pass:
     """One forward pass: notes every normalization, and looks at every tensor that is saved."""
 
     def __init__(self) -> None:
@@ -205,7 +213,7 @@ class _Pass:
         whole = y is not None and (y.shape, y.stride()) == (tensor.shape, tensor.stride())
         return note.recipe if whole else None
 
-    def _pack(self, tensor: Tensor) -> Tensor | _Saved:
+    def _pack(self, tensor: Tensor) -> Tensor | Saved:
         if type(tensor) is not Tensor or tensor.layout is not torch.strided:
             return tensor
         note = self._notes.get(_storage(tensor))
@@ -213,10 +221,10 @@ class _Pass:
             return tensor
         note.recipe.save()
         offset = int(tensor.storage_offset())
-        return _Saved(note.recipe, tuple(tensor.shape), tensor.stride(), offset)
+        return Saved(note.recipe, tuple(tensor.shape), tensor.stride(), offset)
 
 
-def _unpack(saved: Tensor | _Saved) -> Tensor:
+def _unpack(saved: Tensor | Saved) -> Tensor:
     if isinstance(saved, Tensor):
         return saved
     return saved.recipe.ask().as_strided(saved.shape, saved.stride, saved.offset)

@@ -1,5 +1,4 @@
 import copy
-import importlib
 import pickle
 
 import pytest
@@ -12,9 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from batchnorm import BatchNorm1d, BatchNorm2d, Ghost, rematerialize
 from batchnorm.functional import again
 from batchnorm.functional.recipe import observer
+from batchnorm.repair import rematerialization
 from processes import run_ranks
-
-MODULE = importlib.import_module("batchnorm.repair.rematerialize")  # the function has its name
 
 
 def conv(inputs, outputs, stride=1):
@@ -144,7 +142,7 @@ def test_nothing_is_kept_after_the_backward_pass(monkeypatch):
         rebuilt.append(StorageWeakRef(y.untyped_storage()))
         return y
 
-    monkeypatch.setattr(MODULE, "again", remember)
+    monkeypatch.setattr(rematerialization, "again", remember)
     with rematerialize(model):
         loss = model(images()).sum()
         loss.backward()
@@ -154,7 +152,7 @@ def test_nothing_is_kept_after_the_backward_pass(monkeypatch):
 
 def test_a_chain_of_residual_blocks_is_rebuilt_once(monkeypatch):
     blocks, rebuilt = nn.Sequential(*(Residual(4, 4) for _ in range(6))), []
-    monkeypatch.setattr(MODULE, "again", lambda how: rebuilt.append(how) or again(how))
+    monkeypatch.setattr(rematerialization, "again", lambda how: rebuilt.append(how) or again(how))
     x = torch.randn(4, 4, 6, 6, requires_grad=True)
     with rematerialize(blocks):
         blocks(x).sum().backward()
