@@ -15,6 +15,7 @@ import oracle
 from batchnorm.kernels import ACTIVATIONS, Activation, Epilogue, backend_for, cpu, reference
 from batchnorm.kernels.cpu import plan as planning
 from batchnorm.kernels.cpu.plan import layout_of, plan_of
+from batchnorm.moments import Moments
 from strategies import lay_out
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -149,28 +150,38 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("shape", "offset"), CASES)
-def test_errors_are_no_larger_than_those_of_torch(shape, offset, layout):
-    x = lay_out(torch.randn(shape) + offset, layout).requires_grad_()
-    dy, c = lay_out(torch.randn(shape), layout), shape[1]
+def test_errors_are_no_larger_than_those_of_torch(shape, offset, layout, dtype, frozen):
+    x = lay_out((torch.randn(shape) + offset).to(dtype), layout).requires_grad_()
+    dy, c = lay_out(torch.randn(shape).to(dtype), layout), shape[1]
     weight, bias = torch.randn(2, c).requires_grad_().unbind()
-    want = oracle.batch_norm(x.detach(), dy, weight.detach(), bias.detach())
-    theirs = F.batch_norm(x, None, None, weight, bias, training=True)
+    statistics = (torch.randn(c) + offset, torch.rand(c) + 0.5) if frozen else None
+    exact = [t.detach().double() for t in (x, dy, weight, bias)]
+    want = oracle.batch_norm(*exact, frozen=statistics)
+    theirs = F.batch_norm(x, *(statistics or (None, None)), weight, bias, training=not frozen)
     d_theirs = torch.autograd.grad(theirs, (x, weight, bias), dy)
+    given = None
+    if statistics is not None:
+        given = Moments.constant(*(s.double() for s in statistics))
     with torch.no_grad():
-        y, batch = cpu.forward(x, weight, bias, 1e-5, Epilogue())
-        ours = cpu.backward(dy, x, batch, weight, bias, 1e-5, Epilogue(), frozen=False)
+        y, batch = cpu.forward(x, weight, bias, 1e-5, Epilogue(), given=given)
+        ours = cpu.backward(dy, x, batch, weight, bias, 1e-5, Epilogue(), frozen=frozen)
 
-    def error(value, exact):
-        return np.sqrt(np.mean((value.detach().double().numpy() - exact) ** 2))
+    def errors(value, exact):
+        difference = np.abs(value.detach().double().numpy() - exact)
+        return np.sqrt(np.mean(difference**2)), difference.max()
 
     wanted = (want.y, want.dx, want.d_weight, want.d_bias)
     for mine, other, exact in zip(
         (y, ours.x, ours.weight, ours.bias), (theirs, *d_theirs), wanted, strict=True
     ):
-        rounding = np.sqrt(np.mean(np.square(exact))) * 2**-24  # a value's own, once
-        assert error(mine, exact) <= error(other, exact) * 1.05 + rounding
+        (mean, worst), (their_mean, their_worst) = errors(mine, exact), errors(other, exact)
+        half_ulp = torch.finfo(mine.dtype).eps / 2  # a value's own rounding, once
+        assert mean <= their_mean * 1.05 + np.sqrt(np.mean(np.square(exact))) * 2**-24
+        assert worst <= their_worst * 1.05 + np.abs(exact).max() * half_ulp
 
 
 @given(
