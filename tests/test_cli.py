@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from batchnorm.audit import RULES
 from batchnorm.cli import main
@@ -327,6 +329,9 @@ def nothing():
 
 def broken():
     raise OSError("no such weights")
+
+def exits():
+    raise SystemExit(3)
 """
 
 
@@ -362,6 +367,8 @@ def test_check_memory_says_what_rematerialization_saves(batchnorm, name):
     ("target", "shape", "words"),
     [
         ("some_models", "5,3,8,8", ["'some_models' names no model", "package.module:make_model"]),
+        ("some_models:exits", "5,3,8,8", ["exits() failed: SystemExit: 3"]),
+        ("nowhere.py:ours", "5,3,8,8", ["cannot import nowhere.py", "no file nowhere.py"]),
         ("some_models:nix", "5,3,8,8", ["some_models has no nix"]),
         ("no_models:ours", "5,3,8,8", ["cannot import no_models", "No module named"]),
         ("some_models:number", "5,3,8,8", ["is int, no function that makes a model"]),
@@ -378,3 +385,42 @@ def test_check_refuses_what_it_cannot_check(batchnorm, target, shape, words):
 
 def test_check_says_what_there_is_to_check(batchnorm):
     refused(batchnorm("check", "some_models:ours", "--input", "5,3,8,8"), "--memory")
+    refused(batchnorm("check", "some_models:ours", "--memory"), "--input 32,3,224,224")
+
+
+@pytest.mark.usefixtures("models")
+def test_check_reports_what_it_finds_in_a_model_and_in_checkpoints(batchnorm, folder):
+    text = MODELS + "\ndef bad():\n    return nn.Sequential(nn.BatchNorm2d(3, 0.1))\n"
+    script(text, name="some_models.py")
+    for target in ("some_models:bad", "some_models.py:bad", f"{folder}/some_models.py:bad"):
+        status, out, err = batchnorm("check", target, "-o", "report.json")
+        assert (status, err) == (0, "")
+        assert f"batchnorm checked 1 layer of {target}: 1 found" in out
+        assert "BN118 warning: " in out
+        data = json.loads(Path("report.json").read_text())
+        assert (data["subject"], data["layers"], data["calls"]) == (target, 1, 0)
+        assert [f["code"] for f in data["findings"]] == ["BN118"]
+    assert batchnorm("check", "--strict", "some_models:bad")[0] == 1
+    assert batchnorm("check", "--strict", "some_models:ours")[0] == 0
+
+    layer = torch.nn.BatchNorm1d(3)
+    torch.save(layer.state_dict(), "good.pt")
+    layer.running_var[1] = math.nan
+    torch.save(layer.state_dict(), "bad.pt")
+    status, out, _ = batchnorm("check", "--strict", "good.pt")
+    assert (status, "nothing found" in out) == (0, True)
+    status, out, _ = batchnorm("check", "--strict", ".")
+    assert status == 1
+    assert "BN101 error: running statistics that break inference" in out
+    assert "  in   bad.pt: (root)\n" in out
+
+
+def test_check_reads_no_code_and_refuses_what_it_cannot_read(batchnorm, folder):
+    torch.save({"model": torch.nn.BatchNorm1d(3)}, "whole.pt")
+    refused(batchnorm("check", "whole.pt"), "whole.pt holds more than tensors")
+    Path("damaged.safetensors").write_bytes(b"\x08" + bytes(20))
+    refused(batchnorm("check", "damaged.safetensors"), "cannot read damaged.safetensors")
+    refused(batchnorm("check", "nowhere.pt"), "no checkpoint at nowhere.pt")
+    (folder / "empty").mkdir()
+    refused(batchnorm("check", "empty"), "no checkpoint in empty", ".safetensors")
+    refused(batchnorm("check", "good.pt", "-o", "no/such/report.json"), "no/such")

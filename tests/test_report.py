@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from batchnorm.audit import RULES, Finding, Report, Severity
+from batchnorm.audit import Finding, Report, Severity
 from batchnorm.cli.files import example, write_atomically
 from batchnorm.report import print_report, to_json
 
@@ -32,7 +32,7 @@ FAILED = Finding(
     "drop_last=True",
     name="one value per channel",
 )
-CODES = tuple(rule.code for rule in RULES)
+CODES = ("BN103", "BN108", "BN109")
 
 
 def report(*findings: Finding, layers: int = 3, disabled: dict[str, str] | None = None) -> Report:
@@ -93,6 +93,7 @@ def test_json_holds_everything_under_a_version():
         "calls": 7,
         "rules": ["BN103", "BN108", "BN109"],
         "disabled": {"BN103": "KeyError: 1"},
+        "subject": None,
     }
 
 
@@ -158,6 +159,15 @@ def test_the_terminal_says_that_there_was_nothing_to_watch():
 def test_the_terminal_says_which_rule_was_switched_off_and_why():
     text = printed(report(WARNED, disabled={"BN103": "KeyError: 7"}))
     assert text.splitlines()[-1] == "BN103 was switched off and the run went on: KeyError: 7"
+
+
+def test_the_terminal_says_what_was_checked():
+    checked = dataclasses.replace(report(), subject="model.pt")
+    assert printed(checked).splitlines()[1] == (
+        "batchnorm checked 3 layers of model.pt: nothing found by BN103, BN108, BN109"
+    )
+    empty = dataclasses.replace(report(layers=0), subject="model.pt")
+    assert printed(empty).splitlines()[1] == "batchnorm found no batch norm layer in model.pt"
 
 
 def test_a_rule_that_was_switched_off_has_not_found_nothing():

@@ -1,9 +1,28 @@
 """The auditor: rules, the probe that watches a model for them, and what they find."""
 
+from batchnorm.audit.check import check
+from batchnorm.audit.checkpoint import SUFFIXES, checkpoints_at, read_checkpoint
 from batchnorm.audit.finding import Finding, Report, Severity
 from batchnorm.audit.probe import Probe
 from batchnorm.audit.rule import Rule
 from batchnorm.audit.rules import RULES, find_rule
 from batchnorm.audit.script import run_script
+from batchnorm.audit.state import LayerState, State, state_of
 
-__all__ = ["RULES", "Finding", "Probe", "Report", "Rule", "Severity", "find_rule", "run_script"]
+__all__ = [
+    "RULES",
+    "SUFFIXES",
+    "Finding",
+    "LayerState",
+    "Probe",
+    "Report",
+    "Rule",
+    "Severity",
+    "State",
+    "check",
+    "checkpoints_at",
+    "find_rule",
+    "read_checkpoint",
+    "run_script",
+    "state_of",
+]

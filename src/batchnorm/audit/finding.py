@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import dataclass, field
 from enum import Enum
 
-__all__ = ["Finding", "Report", "Severity"]
+__all__ = ["Finding", "Report", "Severity", "in_layers"]
 
 
 class Severity(str, Enum):
@@ -50,6 +51,7 @@ class Report:
     - `layers`, `calls`: batch norm layers watched, and their forward passes.
     - `rules`: codes of the rules that looked.
     - `disabled`: rules that raised and were switched off, with the reason.
+    - `subject`: the checkpoints or the model that were checked; None for a watched run.
     """
 
     findings: tuple[Finding, ...]
@@ -57,8 +59,14 @@ class Report:
     calls: int
     rules: tuple[str, ...]
     disabled: dict[str, str] = field(default_factory=dict)
+    subject: str | None = None
 
     @property
     def is_clean(self) -> bool:
         """Whether there is neither a warning nor an error."""
         return all(finding.severity is Severity.INFO for finding in self.findings)
+
+
+def in_layers(paths: Sized) -> str:
+    """`in 1 layer`, `in 12 layers`: the end of a message about all of them."""
+    return "in 1 layer" if len(paths) == 1 else f"in {len(paths)} layers"

@@ -47,7 +47,7 @@ class Probe:
     """
 
     def __init__(self, rules: Iterable[type[Rule]] = RULES) -> None:
-        self._rules = [rule() for rule in rules]
+        self._rules = [rule() for rule in rules if _listens(rule)]
         self._active = list(self._rules)
         self._listeners = _listeners(self._active)
         self._disabled: dict[str, str] = {}
@@ -174,6 +174,11 @@ class _Watched:
 
 
 _Listener = tuple[Rule, Callable[[Call], None]]
+
+
+def _listens(rule: type[Rule]) -> bool:
+    """Whether a rule looks at a training run."""
+    return rule.findings is not Rule.findings
 
 
 def _listeners(rules: list[Rule]) -> tuple[list[_Listener], list[_Listener]]:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
 from batchnorm.audit.call import Call
-from batchnorm.audit.finding import Finding
+from batchnorm.audit.finding import Finding, Severity
+from batchnorm.audit.state import State
 
 __all__ = ["Rule"]
 
 
-class Rule(ABC):
+class Rule:
     """One way in which batch normalization goes wrong.
 
     A subclass's docstring is its page, in Markdown, with the headings What it finds, Why it
-    hurts, Example, Fix, When it is fine, Evidence. `before` and `after` are called around every
-    forward pass of a batch norm layer; they must change nothing and should cost next to nothing.
+    hurts, Example, Fix, When it is fine, Evidence.
+
+    A rule that looks at a training run has `before` and `after`, which are called around every
+    forward pass of a batch norm layer, must change nothing and should cost next to nothing, and
+    `findings` for the end. A rule that looks at what lies still, a checkpoint or a model, has
+    `examine`.
     """
 
     code: ClassVar[str]
@@ -30,12 +34,29 @@ class Rule(ABC):
         """The rule's page."""
         return f"# {cls.code}: {cls.name}\n\n{inspect.cleandoc(cls.__doc__ or '')}"
 
-    def before(self, call: Call) -> None:  # noqa: B027 - most rules look only once
+    def found(
+        self,
+        severity: Severity,
+        message: str,
+        modules: Iterable[str],
+        fix: str,
+        *,
+        place: str | None = None,
+        **numbers: float,
+    ) -> Finding:
+        """A finding of this rule; see `Finding`."""
+        return Finding(self.code, severity, message, tuple(modules), fix, place, numbers, self.name)
+
+    def before(self, call: Call) -> None:
         """See a call before the layer computes."""
 
-    def after(self, call: Call) -> None:  # noqa: B027 - or not at all
+    def after(self, call: Call) -> None:
         """See a call after the layer has computed."""
 
-    @abstractmethod
     def findings(self) -> Iterator[Finding]:
-        """What was found up to now."""
+        """What was found in the calls up to now."""
+        yield from ()
+
+    def examine(self, state: State) -> Iterator[Finding]:
+        """What is found in a checkpoint or a model."""
+        yield from ()

@@ -16,10 +16,24 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Column, Table
 
-from batchnorm.audit import RULES, find_rule, run_script
+from batchnorm.audit import (
+    RULES,
+    checkpoints_at,
+    find_rule,
+    read_checkpoint,
+    run_script,
+    state_of,
+)
+from batchnorm.audit import check as examine
 from batchnorm.audit.place import displayed
 from batchnorm.cli.files import example, write_atomically
-from batchnorm.cli.model import input_like, load_model, shape_of
+from batchnorm.cli.model import (
+    in_one_line,
+    input_like,
+    load_model,
+    names_model,
+    shape_of,
+)
 from batchnorm.kernels.diagnosis import diagnose
 from batchnorm.repair import activation_memory
 from batchnorm.report import print_report, to_json
@@ -27,6 +41,13 @@ from batchnorm.report import print_report, to_json
 __all__ = ["app"]
 
 BAD_INPUT = 2
+
+_Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Write the findings here as JSON.")
+]
+_Strict = Annotated[
+    bool, typer.Option("--strict", help="Exit with 1 where there are warnings or errors.")
+]
 
 app = typer.Typer(
     help="Batch normalization, watched.",
@@ -41,12 +62,8 @@ app = typer.Typer(
 def run(
     script: Annotated[Path, typer.Argument(help="A training script; it runs unchanged.")],
     arguments: Annotated[list[str] | None, typer.Argument(help="The script's own.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the findings here as JSON.")
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 1 where there are warnings or errors.")
-    ] = False,
+    output: _Output = None,
+    strict: _Strict = False,
 ) -> None:
     """Run a training script and report what its batch norm layers did.
 
@@ -81,33 +98,62 @@ def run(
 
 @app.command()
 def check(
-    model: Annotated[str, typer.Argument(help="What makes the model: package.module:make_model.")],
-    input: Annotated[
-        str, typer.Option("--input", help="The shape of a batch, such as 32,3,224,224.")
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint, a directory of them, or what makes a model: "
+            "package.module:make_model or path/to/file.py:make_model."
+        ),
     ],
+    output: _Output = None,
+    strict: _Strict = False,
     memory: Annotated[
-        bool, typer.Option("--memory", help="What `rematerialize` would save of its activations.")
+        bool, typer.Option("--memory", help="Say what `rematerialize` would save of a model.")
     ] = False,
+    input: Annotated[
+        str | None, typer.Option("--input", help="With --memory: a batch, such as 32,3,224,224.")
+    ] = None,
 ) -> None:
-    """Check a model.
+    """Check a checkpoint or a model.
 
-    With --memory: run one forward pass in training mode on noise, add up what it keeps for the
-    backward pass, and say how much of it `batchnorm.rematerialize(model)` would save.
+    A checkpoint is read without running anything of it. With --memory, run one forward pass of
+    a model in training mode on noise, add up what it keeps for the backward pass, and say how much
+    of it `batchnorm.rematerialize(model)` would save.
     """
-    if not memory:
-        _refuse("nothing to check; the check there is so far is --memory")
+    if memory != (input is not None):
+        _refuse("--memory and --input go together: --memory --input 32,3,224,224")
+    if output is not None:
+        _check_output(output, Path(target))
     try:
-        shape = shape_of(input)
-        made = load_model(model)
+        if input is not None:
+            _print_memory(target, shape_of(input))
+            return
+        states = (
+            [state_of(load_model(target), target)]
+            if names_model(target)
+            else [read_checkpoint(path) for path in checkpoints_at(Path(target))]
+        )
     except ValueError as error:
         _refuse(str(error))
+    report = examine(states)
+    print_report(report, Console())
+    if output is not None:
+        try:
+            write_atomically(output, to_json(report))
+        except OSError as error:
+            _refuse(f"cannot write {output}: {error.strerror}")
+    if strict and not report.is_clean:
+        raise typer.Exit(1)
+
+
+def _print_memory(target: str, shape: tuple[int, ...]) -> None:
+    model = load_model(target)
     try:
-        kept = activation_memory(made, input_like(made, shape))
+        kept = activation_memory(model, input_like(model, shape))
     except Exception as error:
-        _refuse(
-            f"the model's forward pass failed on an input of shape {shape}: "
-            f"{type(error).__name__}: {' '.join(str(error).split())}"
-        )
+        raise ValueError(
+            f"the model's forward pass failed on an input of shape {shape}: {in_one_line(error)}"
+        ) from error
     table = Table("kept for the backward pass", Column("MB", justify="right"), "saved", box=None)
     table.add_row("as it is", _megabytes(kept.kept))
     ways = {"after rematerialize(model)": kept.rematerialized}
@@ -116,7 +162,7 @@ def check(
     for way, size in ways.items():
         table.add_row(way, _megabytes(size), f"{1 - size / max(kept.kept, 1):.0%}")
     console = Console(soft_wrap=True)
-    console.print(f"{model}, {'×'.join(map(str, shape))}, training", highlight=False)
+    console.print(f"{target}, {'×'.join(map(str, shape))}, training", highlight=False)
     console.print(table)
 
 

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["input_like", "load_model", "shape_of"]
+__all__ = ["in_one_line", "input_like", "load_model", "names_model", "shape_of"]
+
+
+def names_model(target: str) -> bool:
+    """Whether a target is of the form `package.module:make_model` or `file.py:make_model`."""
+    module, colon, name = target.rpartition(":")
+    return bool(module and colon and name.replace(".", "").isidentifier())
 
 
 def load_model(target: str) -> nn.Module:
     """What `package.module:make_model` names: a function or class that makes a model, or a model.
 
+    `path/to/file.py:make_model` is looked up in that file.
+
     Raises `ValueError` where there is none, with what was found instead.
     """
-    module_name, colon, name = target.partition(":")
-    if not (module_name and colon and name):
+    module_name, _, name = target.rpartition(":")
+    if not names_model(target):
         raise ValueError(
             f"{target!r} names no model; write package.module:make_model, a function that takes "
             "no arguments and returns one"
@@ -25,9 +36,9 @@ def load_model(target: str) -> nn.Module:
     if "" not in sys.path:
         sys.path.insert(0, "")  # the working directory, as `python -m` has it
     try:
-        found = importlib.import_module(module_name)
-    except Exception as error:
-        raise ValueError(f"cannot import {module_name}: {_said(error)}") from error
+        found = _module(module_name)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"cannot import {module_name}: {in_one_line(error)}") from error
     for part in name.split("."):
         if not hasattr(found, part):
             raise ValueError(f"{module_name} has no {name}; name a function or class of it")
@@ -38,11 +49,27 @@ def load_model(target: str) -> nn.Module:
             raise ValueError(f"{target} is {type(made).__name__}, no function that makes a model")
         try:
             made = made()
-        except Exception as error:
-            raise ValueError(f"{name}() failed: {_said(error)}") from error
+        except (Exception, SystemExit) as error:
+            raise ValueError(f"{name}() failed: {in_one_line(error)}") from error
     if not isinstance(made, nn.Module):
         raise ValueError(f"{name}() returned {type(made).__name__}, no torch.nn.Module")
     return made
+
+
+def _module(name: str) -> ModuleType:
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+    path = Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    sys.path.insert(0, str(path.resolve().parent))  # for what lies beside it, as a script has it
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules.setdefault(path.stem, module)
+    specification.loader.exec_module(module)
+    return module
 
 
 def shape_of(text: str) -> tuple[int, ...]:
@@ -64,6 +91,6 @@ def input_like(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=dtype, device=like.device)
 
 
-def _said(error: Exception) -> str:
+def in_one_line(error: BaseException) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

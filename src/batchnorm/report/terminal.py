@@ -23,8 +23,12 @@ def print_report(report: Report, console: Console) -> None:
     layers = "1 layer" if report.layers == 1 else f"{report.layers} layers"
     passes = "1 forward pass" if report.calls == 1 else f"{report.calls} forward passes"
     watched = f"batchnorm watched {layers} in {passes}"
+    if report.subject is not None:
+        watched = f"batchnorm checked {layers} of {report.subject}"
     line("")
-    if report.layers == 0:
+    if report.layers == 0 and report.subject is not None:
+        line(f"batchnorm found no batch norm layer in {report.subject}", "bold")
+    elif report.layers == 0:
         line("batchnorm saw no batch norm layer being called", "bold")
         line("  compiled models and other processes are not seen")
     elif report.findings:

@@ -1,13 +1,37 @@
 """The rules, one file each."""
 
 from batchnorm.audit.rule import Rule
+from batchnorm.audit.rules.bn101_broken_statistics import BrokenStatistics
+from batchnorm.audit.rules.bn102_half_frozen import HalfFrozen
 from batchnorm.audit.rules.bn103_stale_statistics import StaleStatistics
+from batchnorm.audit.rules.bn106_missing_statistics import MissingStatistics
 from batchnorm.audit.rules.bn108_moved_without_gradients import MovedWithoutGradients
 from batchnorm.audit.rules.bn109_one_value import OneValuePerChannel
+from batchnorm.audit.rules.bn113_stripped_subclass import StrippedSubclass
+from batchnorm.audit.rules.bn115_sync_on_cpu import SyncOnCPU
+from batchnorm.audit.rules.bn116_flag_changed import FlagChanged
+from batchnorm.audit.rules.bn117_no_momentum import NoMomentum
+from batchnorm.audit.rules.bn118_large_eps import LargeEps
+from batchnorm.audit.rules.bn121_half_precision import HalfPrecision
+from batchnorm.audit.rules.bn128_dead_channels import DeadChannels
 
 __all__ = ["RULES", "find_rule"]
 
-RULES: tuple[type[Rule], ...] = (StaleStatistics, MovedWithoutGradients, OneValuePerChannel)
+RULES: tuple[type[Rule], ...] = (
+    BrokenStatistics,
+    HalfFrozen,
+    StaleStatistics,
+    MissingStatistics,
+    MovedWithoutGradients,
+    OneValuePerChannel,
+    StrippedSubclass,
+    SyncOnCPU,
+    FlagChanged,
+    NoMomentum,
+    LargeEps,
+    HalfPrecision,
+    DeadChannels,
+)
 """By code."""
 
 

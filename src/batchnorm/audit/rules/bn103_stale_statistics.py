@@ -113,15 +113,13 @@ class StaleStatistics(Rule):
             )
             if math.isnan(d.shift):
                 message = "the running statistics are not finite, and inference divides by them"
-            yield Finding(
-                self.code,
+            yield self.found(
                 Severity.WARNING,
                 message,
                 modules=(watched.path,),
                 fix="torch.optim.swa_utils.update_bn(loader, model) before evaluating; then a "
                 "larger momentum",
-                numbers=d._asdict(),
-                name=self.name,
+                **d._asdict(),
             )
 
 

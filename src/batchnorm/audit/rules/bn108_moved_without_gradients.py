@@ -89,14 +89,13 @@ class MovedWithoutGradients(Rule):
             passes = max(counts.values())
             layers = "layer moved its" if len(counts) == 1 else "layers moved their"
             times = "pass" if passes == 1 else "passes"
-            yield Finding(
-                self.code,
+            yield self.found(
                 Severity.WARNING,
                 f"{len(counts)} {layers} running statistics in {passes} forward "
                 f"{times} with gradients off: the model was in training mode",
                 modules=tuple(path for _, path in counts),
                 place=place,
                 fix="call model.eval() before this line, and model.train() before training goes on",
-                numbers={"layers": float(len(counts)), "passes": float(passes)},
-                name=self.name,
+                layers=float(len(counts)),
+                passes=float(passes),
             )

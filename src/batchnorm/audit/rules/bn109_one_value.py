@@ -69,13 +69,11 @@ class OneValuePerChannel(Rule):
     def findings(self) -> Iterator[Finding]:
         """One for each layer and shape."""
         for (path, shape), place in self._seen.items():
-            yield Finding(
-                self.code,
+            yield self.found(
                 Severity.ERROR,
                 f"an input of shape {shape} leaves one value per channel, which has no variance",
                 modules=(path,),
                 place=place,
                 fix="DataLoader(..., drop_last=True), larger batches, or layer.freeze()",
-                numbers={"values_per_channel": 1.0},
-                name=self.name,
+                values_per_channel=1.0,
             )

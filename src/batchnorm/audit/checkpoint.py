@@ -1,0 +1,129 @@
+"""Checkpoints, which are data from strangers: read without running anything of theirs."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from batchnorm.audit.state import LayerState, State
+
+__all__ = ["SUFFIXES", "checkpoints_at", "read_checkpoint"]
+
+_PICKLED = (".bin", ".ckpt", ".pt", ".pth")
+SUFFIXES = (".safetensors", *_PICKLED)
+
+
+def checkpoints_at(path: Path) -> list[Path]:
+    """A checkpoint, or those that lie in a directory, by name.
+
+    Raises `ValueError` where there is none.
+    """
+    if not path.is_dir():
+        return [path]
+    found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    if not found:
+        raise ValueError(f"no checkpoint in {path}; checkpoints end in {', '.join(SUFFIXES)}")
+    return found
+
+
+def read_checkpoint(path: Path) -> State:
+    """The batch norm layers of a checkpoint; nothing else of it is read into memory.
+
+    A batch norm layer is where running statistics are. Nested dictionaries, such as a trainer's
+    `{"state_dict": …, "optimizer": …}`, are searched through.
+
+    Raises `ValueError`, in one line, for a file that is none, is damaged, or holds more than
+    tensors and plain values: such a file would run code, and is not loaded.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return State(str(path), _layers(_lazily(path)))
+        return State(str(path), _layers(dict(_tensors(_unpickled(path)))))
+    except FileNotFoundError as error:
+        raise ValueError(f"no checkpoint at {path}") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors, and loading it could run code of whoever made it; "
+            "save its state_dict() instead"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read {path}: {_said(error)}") from error
+
+
+class _lazily(Mapping[str, Tensor]):  # noqa: N801 - used as a function
+    """A safetensors file as a mapping that reads a tensor when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = cast("Any", safe_open(path, framework="pt"))  # it has no types
+        self._keys = dict.fromkeys(cast("list[str]", self._file.keys()))
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self._keys:
+            raise KeyError(key)
+        tensor: Tensor = self._file.get_tensor(key)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def _unpickled(path: Path) -> object:
+    """What torch.save wrote, mapped and not read where its format allows."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of formats that it then reads or refuses
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except (OSError, pickle.UnpicklingError):
+        raise
+    except Exception as error:  # a damaged file fails in any way
+        raise ValueError(f"cannot read {path}: {_said(error)}") from error
+
+
+def _tensors(found: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested dictionaries, by its keys."""
+    if isinstance(found, Tensor):
+        yield prefix, found
+    elif isinstance(found, Mapping):
+        for key, value in found.items():
+            yield from _tensors(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _layers(tensors: Mapping[str, Tensor]) -> tuple[LayerState, ...]:
+    paths = dict.fromkeys(
+        key.rpartition(".")[0]
+        for key in tensors
+        if key.rpartition(".")[2] in ("running_mean", "running_var")
+    )
+    return tuple(_layer(path, tensors) for path in paths)
+
+
+def _layer(path: str, tensors: Mapping[str, Tensor]) -> LayerState:
+    def held(name: str) -> Tensor | None:
+        return tensors.get(f"{path}.{name}" if path else name)
+
+    return LayerState(
+        path or "(root)",
+        weight=held("weight"),
+        bias=held("bias"),
+        running_mean=held("running_mean"),
+        running_var=held("running_var"),
+        batches=held("num_batches_tracked"),
+    )
+
+
+def _said(error: Exception) -> str:
+    """An exception in one line, and no longer than one."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

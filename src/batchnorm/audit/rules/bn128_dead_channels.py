@@ -1,0 +1,70 @@
+"""BN128: channels that a γ of 0 has switched off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from batchnorm.audit.finding import Finding, Severity, in_layers
+from batchnorm.audit.rule import Rule
+from batchnorm.audit.state import State
+
+__all__ = ["DeadChannels"]
+
+DEAD = 1e-5  # of |γ|: what is left of an input is below float32's rounding of a β of 100
+
+
+class DeadChannels(Rule):
+    """## What it finds
+
+    Channels whose |γ| is below 1e-5 in layers where others' is not: their output is β, whatever
+    the input.
+
+    ## Why it hurts
+
+    It may not. Weight decay on γ drives channels that the loss does not need to 0; they cost
+    memory and time and carry nothing. Many of them say that the layer is wider than it has to be,
+    or that decay on γ is too strong.
+
+    ## Example
+
+        torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=5e-4)      # γ decays too
+
+    ## Fix
+
+    Prune the channels, or train without weight decay on γ and β (parameter groups).
+
+    ## When it is fine
+
+    Where channels were pruned on purpose by their γ (network slimming). A layer whose γ is 0 in
+    every channel has just been initialized so, as residual branches are, and is not reported.
+
+    ## Evidence
+
+    Liu et al. 2017, "Learning efficient convolutional networks through network slimming"
+    """
+
+    code = "BN128"
+    name = "channels switched off by γ"
+    looks_at = "a checkpoint or model"
+
+    def examine(self, state: State) -> Iterator[Finding]:
+        """One finding for all layers."""
+        dead: dict[str, int] = {}
+        channels = 0
+        for layer in state.layers:
+            if layer.weight is None:
+                continue
+            count = int((layer.weight.abs() < DEAD).sum())
+            if 0 < count < layer.weight.numel():
+                dead[layer.path] = count
+                channels += layer.weight.numel()
+        if dead:
+            total = sum(dead.values())
+            yield self.found(
+                Severity.INFO,
+                f"{total} of {channels} channels {in_layers(dead)} have |γ| < {DEAD:g}: "
+                "they output β, whatever comes in",
+                sorted(dead, key=lambda path: -dead[path]),
+                "prune them, or train without weight decay on γ",
+                channels=float(total),
+            )
