@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timing import laps_in_turns, machine, ratio
+from timing import KEPT, laps_in_turns, machine, ratio
 from torch import Tensor, nn
 
 import batchnorm
@@ -40,7 +40,6 @@ SHAPES = [
     (4, 32, 16, 56, 56),
 ]
 COMPILED = [(32, 64, 56, 56), (32, 512, 7, 7), (4096, 64)]
-KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": "0"}
 ALLOCATORS = {"memory kept": KEPT, "system's default": {}}
 OPERATIONS = ("BN", "BN+ReLU", "BN+add+ReLU")
 LARGE = 16 * 2**20  # bytes

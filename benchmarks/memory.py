@@ -21,12 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from timing import in_turns, machine, ratio
+from timing import KEPT, in_turns, machine, ratio
 from torch import Tensor, nn
 
 import batchnorm
 
-KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
 KINDS = ("torch.nn", "ours", "rematerialized")
 

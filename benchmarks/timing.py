@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": "0"}
+"""The environment in which glibc's allocator keeps its memory."""
+
 
 def in_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each candidate in each round: one after the other, so noise hits all alike."""
@@ -52,9 +55,9 @@ def _laps(work: Callable[[], Iterator[None]]) -> tuple[float, ...]:
     return tuple(b - a for a, b in itertools.pairwise(times))
 
 
-def ratio(ours: list[float], theirs: list[float]) -> str:
-    """The median of the rounds' ratios, with the 20th and 80th percentile."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+def ratio(times: list[float], of: list[float]) -> str:
+    """`times` over `of`: the median of the rounds' ratios, with the 20th and 80th percentile."""
+    ratios = [a / b for a, b in zip(times, of, strict=True)]
     fifths = statistics.quantiles(ratios, n=5)
     return f"{statistics.median(ratios):.2f} ({fifths[0]:.2f} to {fifths[-1]:.2f})"
 

@@ -250,11 +250,12 @@ def test_forward_mode_and_functional_transforms():
     torch.testing.assert_close(tangent, torch.func.jvp(theirs, (x,), (v,))[1])
 
 
+@pytest.mark.parametrize("masked", [False, True])  # without a mask the compiled kernels serve
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.as_installed
-def test_the_registered_operation_passes_torch_s_own_checks(frozen):
+def test_the_registered_operation_passes_torch_s_own_checks(frozen, masked):
     x, residual, weight, bias = leaves((4, 3, 5), (4, 3, 5), 3, 3, dtype=torch.float32)
-    mask = torch.ones(4, 5, dtype=torch.bool)
+    mask = torch.ones(4, 5, dtype=torch.bool) if masked else None
     given = (torch.ones(3, dtype=torch.int64), torch.zeros(3), torch.ones(3))
     arguments = (
         x, residual, mask, weight, bias, *(given if frozen else (None,) * 3),

@@ -1,11 +1,14 @@
 """Tensors that are legal and rare: right, or a clear error."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 import oracle
-from batchnorm.functional import batch_norm, normalize
+from batchnorm import BatchNorm1d, Moments
+from batchnorm.functional import batch_norm, moments, normalize
 
 
 def misaligned(shape):
@@ -38,6 +41,9 @@ ODD = {
     "transposed matrix": lambda: torch.randn(3, 60).t(),
     "channels before samples": lambda: torch.randn(3, 6, 200).transpose(0, 1),
     "one channel": lambda: torch.randn(6, 1, 20, 30),
+    "one channel, every second position": lambda: torch.randn(6, 1, 400)[..., ::2],
+    "one channel, one value": lambda: torch.randn(6, 1, 1).expand(6, 1, 50),
+    "one channel of a wider image": lambda: torch.randn(6, 20, 30, 3)[..., 1:2].permute(0, 3, 1, 2),
     "one channel, channels last": lambda: torch.randn(6, 20, 30, 1).permute(0, 3, 1, 2),
     "20,000 channels": lambda: torch.randn(3, 20_000),
     "20,000 channels, short rows": lambda: torch.randn(2, 20_000, 3),
@@ -110,3 +116,40 @@ def test_any_mix_of_tensors_that_learn(wanted, frozen):
     every = gradients(list(tensors))
     for name, gradient in gradients(wanted.split()).items():
         assert torch.equal(gradient, every[name])
+
+
+def test_another_default_device_is_not_the_inputs():
+    layer, x = BatchNorm1d(3, act="relu"), torch.randn(8, 3, requires_grad=True)
+    twin = copy.deepcopy(layer)
+    with torch.device("meta"):
+        y = layer(x)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(y, twin(x))
+    assert torch.equal(dx, torch.autograd.grad(twin(x).sum(), x)[0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_tensors_on_two_devices_are_named(training):
+    layer = BatchNorm1d(3).train(training)
+    with pytest.raises(ValueError, match="is on device cpu and the input on meta"):
+        layer(torch.randn(4, 3, device="meta"))
+    plain = BatchNorm1d(3, affine=False).train(training)
+    with pytest.raises(ValueError, match=r"on device cpu and the (input|batch) on meta"):
+        plain(torch.randn(4, 3, device="meta"))
+    with pytest.raises(ValueError, match="is on device meta and the input on cpu"):
+        layer.to("meta")(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("groups", "wrong"),
+    [
+        (1, lambda own: Moments(own.count[:2], own.mean[:2], own.m2[:2])),
+        (2, lambda own: own),
+        (1, lambda own: Moments(own.count, own.mean[None], own.m2)),
+        (1, lambda own: Moments(own.count, own.mean.to("meta"), own.m2)),
+    ],
+)
+def test_moments_that_do_not_fit_are_refused(groups, wrong):
+    x = torch.randn(4, 3, 5)
+    with pytest.raises(ValueError, match=r"batch\.(count|mean) must have shape"):
+        batch_norm(x, batch=wrong(moments(x)), groups=groups)

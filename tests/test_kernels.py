@@ -21,6 +21,7 @@ from batchnorm.kernels import (
     cpu,
     reference,
 )
+from batchnorm.moments import Moments
 from strategies import LAYOUTS, lay_out, tensors
 
 EVERY = {"reference": reference, "cpu": cpu}
@@ -261,3 +262,41 @@ def test_the_first_backend_that_serves_is_taken(monkeypatch):
     monkeypatch.setattr("batchnorm.kernels.BACKENDS", [fast, reference])
     assert backend_for(torch.zeros(2, 3, 4, 4), Epilogue()) is fast
     assert backend_for(torch.zeros(2, 3), Epilogue()) is reference
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_coefficients_may_lie_in_any_strides_and_dtype(backend, groups):
+    x, dy = torch.randn(2, 8, 3, 5)
+    with torch.no_grad():
+        batch = backend.moments(x, None, groups)
+        usual = coefficients_of(x, batch, None, None, 1e-5)
+        if groups == 1:
+            odd = Coefficients(*(t.repeat_interleave(2)[::2] for t in usual))
+        else:
+            odd = Coefficients(*(t.t().contiguous().t() for t in usual))
+        assert not odd.center.is_contiguous()
+        for same in (odd, Coefficients(*(t.double() for t in odd))):
+            y = backend.apply(x, same, Epilogue())
+            torch.testing.assert_close(y.float(), backend.apply(x, usual, Epilogue()))
+            for a, b in zip(
+                backend.backward_reduce(dy, x, same, Epilogue())[:2],
+                backend.backward_reduce(dy, x, usual, Epilogue())[:2],
+                strict=True,
+            ):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("counter", [None, torch.int64, torch.int32])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_of_any_dtype_are_tracked(backend, dtype, counter, momentum):
+    mean, var = torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype)
+    counters = None if counter is None else torch.zeros(2, dtype=counter)
+    batch = Moments.of(torch.randn(3, 50) * 2 + 1, 1)  # whose count is one number, expanded
+    share = momentum if momentum is not None else float(counter is not None)
+    backend.track(mean, var, None if counters is None else counters[0], batch, momentum)
+    near = {"rtol": 0.02, "atol": 0.02} if dtype.itemsize < 4 else {}
+    torch.testing.assert_close(mean, (share * batch.mean).to(dtype), **near)
+    wanted = 1 + share * (batch.var(unbiased=True) - 1)
+    torch.testing.assert_close(var, wanted.to(dtype), **near)
+    assert counters is None or counters.tolist() == [1, 0]

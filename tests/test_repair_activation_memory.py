@@ -74,6 +74,19 @@ def test_a_chain_of_residual_blocks_is_rebuilt_from_its_start(spelling):
     assert memory.kept == (5 if spelling == "ours" else 6) * SIZE + small
 
 
+def test_a_scaled_residual_cannot_be_fused():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = conv(), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return F.relu(torch.add(self.norm(self.conv(x)), x, alpha=0.5))
+
+    memory = activation_memory(Scaled(), x())
+    assert memory.converted == memory.kept
+
+
 def test_a_residual_that_nobody_else_keeps_is_counted():
     class Branch(nn.Module):
         def __init__(self):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from batchnorm.moments import Moments
+
 __all__ = ["check_input", "is_traced"]
 
 
@@ -19,6 +21,7 @@ def check_input(
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     groups: int = 1,
+    batch: Moments | None = None,
     **channelwise: Tensor | None,
 ) -> None:
     """Raise unless x is floating point of (n, c, *positions) and everything else fits it."""
@@ -40,6 +43,11 @@ def check_input(
             raise ValueError(
                 f"{name} must hold one value per channel, shape ({shape[1]},) for an input of "
                 f"shape {shape}, got shape {tuple(tensor.shape)}; channels are dimension 1"
+            )
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"{name} is on device {tensor.device} and the input on {x.device}; move one of "
+                "them, for example with model.to(input.device)"
             )
     for name, tensor in (("residual", residual), ("mask", mask)):
         if tensor is not None and not isinstance(tensor, Tensor):
@@ -70,3 +78,13 @@ def check_input(
             f"groups must divide the batch into equal slices, got {groups} groups for "
             f"{shape[0]} samples"
         )
+    if batch is not None:
+        expected = shape[1:2] if groups == 1 else (groups, shape[1])
+        for name in ("count", "mean", "m2"):
+            statistic = getattr(batch, name)
+            if tuple(statistic.shape) != expected or statistic.device != x.device:
+                raise ValueError(
+                    f"batch.{name} must have shape {expected} on {x.device} for an input of shape "
+                    f"{shape} in {groups} groups, got {tuple(statistic.shape)} on "
+                    f"{statistic.device}; take the moments with the same groups"
+                )

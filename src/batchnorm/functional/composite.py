@@ -30,7 +30,7 @@ def is_asked_for() -> bool:
 
 
 def moments(x: Tensor, mask: Tensor | None, groups: int) -> Moments:
-    """Count, mean and m2, (groups, c), as constants."""
+    """Count, mean and m2, (*groups, c), as constants."""
     return reference.moments(x.detach(), None if mask is None else mask.unsqueeze(1), groups)
 
 
@@ -44,7 +44,7 @@ def batch_norm(
     eps: float,
     act: Activation,
 ) -> tuple[Tensor, Moments]:
-    """y normalized by the batch's own moments, and those, (groups, c), as constants."""
+    """y normalized by the batch's own moments, and those, (*groups, c), as constants."""
     epilogue = epilogue_of(residual, mask, act.name, act.parameter)
     y, batch = reference.forward(x, weight, bias, eps, epilogue, groups)
     return y, batch.detach()

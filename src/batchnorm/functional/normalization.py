@@ -83,7 +83,9 @@ def batch_norm(
     Source: Ioffe & Szegedy 2015, "Batch normalization", algorithm 1.
     """
     activation = Activation.of(act)
-    check_input(x, weight=weight, bias=bias, residual=residual, mask=mask, groups=groups)
+    check_input(
+        x, weight=weight, bias=bias, residual=residual, mask=mask, groups=groups, batch=batch
+    )
     if eps <= 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if composite.is_asked_for():
@@ -140,7 +142,14 @@ def track(
     - `momentum`: the share of the batch; None for the average of all batches.
 
     A batch with a non-finite mean or variance is skipped whole, counter included.
+
+    Raises `ValueError` where the batch is on another device.
     """
+    if batch.mean.device != mean.device:
+        raise ValueError(
+            f"the running statistics are on device {mean.device} and the batch on "
+            f"{batch.mean.device}; move one of them, for example with model.to(input.device)"
+        )
     if operation.is_plain(mean, var, batches, batch.mean) and not composite.is_asked_for():
         backend_for(mean, NOTHING).track(mean, var, batches, batch, momentum)
         return

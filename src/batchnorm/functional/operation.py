@@ -56,7 +56,7 @@ def normalize(
     used: list[Moments] = []
     recorded: Tensor = _record(x, residual, weight, bias, mask, given, settings, used)
     if observer.notify is not None and recorded.requires_grad:
-        how = Normalization(x, residual, mask, weight, bias, used[0], settings)
+        how = Normalization(used[0], settings, x, residual, mask, weight, bias)
         observer.notify(recorded, how)
     return recorded, used[0]
 
@@ -83,7 +83,6 @@ def constant(buffer: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def again(normalization: Normalization) -> Tensor:
     """The same y to the same bits, for autograd a constant."""
     n = normalization
-    assert n.x is not None
     with torch.no_grad():
         return _forward(n.x, n.residual, n.mask, n.weight, n.bias, n.moments, n.settings)[0]
 

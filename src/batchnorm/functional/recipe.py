@@ -29,13 +29,13 @@ class Settings(NamedTuple):
 class Normalization:
     """The arguments of one, as the operation takes them, with the moments that it used."""
 
-    x: Tensor | None  # (n, c, *p); None where it will be filled in
-    residual: Tensor | None  # (n, c, *p)
-    mask: Tensor | None  # (n, *p)
-    weight: Tensor | None  # (c,)
-    bias: Tensor | None  # (c,)
-    moments: Moments  # (*groups, c)
+    moments: Moments  # (*g, c)
     settings: Settings
+    x: Tensor  # (n, c, *p)
+    residual: Tensor | None = None  # (n, c, *p)
+    mask: Tensor | None = None  # (n, *p)
+    weight: Tensor | None = None  # (c,)
+    bias: Tensor | None = None  # (c,)
 
 
 class _Observer(threading.local):

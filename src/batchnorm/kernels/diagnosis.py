@@ -47,8 +47,5 @@ def _cpu() -> list[Fact]:
         Fact("", "reference: float16, and calls with a mask"),
         Fact("Numba", numba.__version__),
         Fact("threads", f"{threads}: {whose}"),
-        Fact(
-            "kernels kept in",
-            "nowhere: each process compiles its own" if folder is None else str(folder),
-        ),
+        Fact("kernels kept in", str(folder)),
     ]

@@ -111,7 +111,7 @@ class _Fused(TorchFunctionMode):
             self._note(result, [args[0] if args else (kwargs or {})["input"]])
         elif func in _ACTIVATIONS and before and before[0] and not before[0].is_activated:
             self._note(result, before[0].sources, before[0].is_added, is_activated=True)
-        elif func in _ADDITIONS and len(before) == 2:
+        elif func in _ADDITIONS and len(before) == 2 and (kwargs or {}).get("alpha", 1) == 1:
             self._note_addition(result, args, before)
         return result
 

@@ -8,8 +8,9 @@ same kernel and to the same bits, when the next convolution's backward pass asks
 
 from __future__ import annotations
 
+import threading
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -44,11 +45,21 @@ def rematerialize(model: nn.Module) -> Rematerialization:
     return Rematerialization(model)
 
 
+class _Running(threading.local):
+    """The passes that are under way in a thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.passes: list[Pass] = []
+
+    def __reduce__(self) -> tuple[type[_Running], tuple[()]]:
+        return _Running, ()  # a copy of the model has none under way
+
+
 class Rematerialization:
     """The hooks that `rematerialize` put on a model; leaving it as a context takes them off."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._running: list[Pass] = []
+        self._running = _Running()
         self._handles = (
             model.register_forward_pre_hook(self._begin, prepend=True),
             # also where the forward pass raises, lest the hooks outlive it
@@ -76,11 +87,14 @@ class Rematerialization:
             return
         begun = Pass()
         begun.__enter__()
-        self._running.append(begun)
+        self._running.passes.append(begun)
 
     def _end(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
-        if not torch.compiler.is_compiling() and self._running:
-            self._running.pop().__exit__(None, None, None)
+        if not torch.compiler.is_compiling() and self._running.passes:
+            self._running.passes.pop().__exit__(None, None, None)
+
+
+_INGREDIENTS = ("x", "residual", "mask", "weight", "bias")  # those of a Normalization
 
 
 class _Kept:
@@ -111,7 +125,7 @@ class _Recipe:
 
     def __init__(self, how: Normalization, ingredients: dict[str, _Kept | _Recipe]) -> None:
         # the moments are the operation's own, which nobody modifies
-        self._how = replace(how, x=None, residual=None, mask=None, weight=None, bias=None)
+        self._moments, self._settings = how.moments, how.settings
         self._ingredients = ingredients
         self._saved = self._asked = 0
         self._rebuilt: Tensor | None = None
@@ -137,16 +151,7 @@ class _Recipe:
         if self._rebuilt is not None:
             return self._rebuilt
         t = {name: source.output() for name, source in self._ingredients.items()}
-        y = again(
-            replace(
-                self._how,
-                x=t["x"],
-                residual=t.get("residual"),
-                mask=t.get("mask"),
-                weight=t.get("weight"),
-                bias=t.get("bias"),
-            )
-        )
+        y = again(Normalization(self._moments, self._settings, **t))
         if self._asked < self._saved:
             self._rebuilt = y
         return y
@@ -173,7 +178,12 @@ class _Note:
     def is_of(self, tensor: Tensor) -> bool:
         """Whether a tensor in the output's memory still shows the output, or a part of it."""
         y = self.output()
-        return y is not None and y._version == self.version and y.dtype == tensor.dtype
+        return (
+            y is not None
+            and y._version == self.version
+            and y.dtype == tensor.dtype
+            and _storage(y) == _storage(tensor)  # `.data` may have been given another
+        )
 
 
 class Pass:
@@ -194,7 +204,7 @@ class Pass:
 
     def _note(self, y: Tensor, how: Normalization) -> None:
         ingredients: dict[str, _Kept | _Recipe] = {}
-        for name in ("x", "residual", "mask", "weight", "bias"):
+        for name in _INGREDIENTS:
             tensor = getattr(how, name)
             if tensor is not None:
                 ingredients[name] = self._recipe_of(tensor) or _Kept(tensor)

@@ -34,6 +34,9 @@ __all__ = [
 ]
 
 
+_CPU = torch.device("cpu")
+
+
 def serves(x: Tensor, epilogue: Epilogue) -> bool:
     """Tensors on the CPU of the three dtypes, with values, without a mask."""
     residual = epilogue.residual
@@ -63,7 +66,7 @@ def apply(x: Tensor, coefficients: Coefficients, epilogue: Epilogue) -> Tensor:
     y = _new(x, plan)
     launch(
         "forward", plan, x.dtype, _settings(epilogue, known=True), x=x, y=y,
-        residual=_residual(epilogue, x, plan), **coefficients._asdict(),
+        residual=_residual(epilogue, x, plan), **_coefficients(coefficients, x),
     )  # fmt: skip
     return y
 
@@ -73,7 +76,7 @@ def backward_reduce(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Σg and Σg·(x − center), and g where there is a residual."""
     x, plan = _planned(x, groups_of(coefficients.center))
-    operands = {**_operands(dy, x, plan, epilogue), **coefficients._asdict()}
+    operands = {**_operands(dy, x, plan, epilogue), **_coefficients(coefficients, x)}
     sums = _sums(plan)
     launch("backward_reduce", plan, x.dtype, _settings(epilogue), **operands, **sums)
     return sums["total"], sums["projection"], operands["g"]
@@ -93,7 +96,8 @@ def backward_apply(
     dx, dtype = _new(x, plan), compute_dtype(x)
     launch(
         "backward_apply", plan, x.dtype, _settings(epilogue), dx=dx, slope=_as(slope, dtype),
-        offset=_as(offset, dtype), **_operands(dy, x, plan, epilogue), **coefficients._asdict(),
+        offset=_as(offset, dtype), **_operands(dy, x, plan, epilogue),
+        **_coefficients(coefficients, x),
     )  # fmt: skip
     return dx
 
@@ -140,8 +144,8 @@ def backward(
     """`backward_reduce` and `backward_apply`; in one sweep where the moments are constants."""
     x, plan = _planned(x, groups_of(moments.mean), once=frozen)
     dx, dtype, batch = _new(x, plan), compute_dtype(x), _as_read(moments)
-    d_weight = torch.empty(plan.channels, dtype=dtype) if affine and weight is not None else None
-    d_bias = torch.empty(plan.channels, dtype=dtype) if affine and bias is not None else None
+    d_weight = _empty((plan.channels,), dtype) if affine and weight is not None else None
+    d_bias = _empty((plan.channels,), dtype) if affine and bias is not None else None
     operands = {
         **_operands(dy, x, plan, epilogue),
         "counts": batch.count,
@@ -168,7 +172,14 @@ def track(
     mean: Tensor, var: Tensor, batches: Tensor | None, batch: Moments, momentum: float | None
 ) -> None:
     """Move running statistics (c,) towards a batch's, in one call."""
-    if var.dtype != mean.dtype or not (mean.is_contiguous() and var.is_contiguous()):
+    is_usual = (
+        var.dtype == mean.dtype
+        and mean.dtype.itemsize >= 4
+        and mean.is_contiguous()
+        and var.is_contiguous()
+        and (batches is None or batches.dtype == torch.int64)
+    )
+    if not is_usual:
         reference.track(mean, var, batches, batch, momentum)
         return
     plan = plan_of((1, *mean.shape), (1, 1), 1, mean.dtype.itemsize, True)
@@ -176,8 +187,8 @@ def track(
     launch(
         "track", plan,
         mean.dtype, Settings(share=-1.0 if momentum is None else momentum), running_mean=mean,
-        running_var=var, batches=batches, counts=batch.count, mean=_as(batch.mean, torch.float64),
-        m2=_as(batch.m2, torch.float64),
+        running_var=var, batches=batches, counts=_as(batch.count, torch.int64),
+        mean=_as(batch.mean, torch.float64), m2=_as(batch.m2, torch.float64),
     )  # fmt: skip
     if batches is not None:  # as torch.nn, whose kernel moves the other two unseen
         torch.autograd.graph.increment_version(batches)
@@ -207,8 +218,8 @@ def _new(x: Tensor, plan: Plan) -> Tensor:
     # x's values overlap or have gaps, and without them fall into an order of their own
     if plan.channels_last:
         n, c, *positions = plan.shape
-        return torch.empty((n, *positions, c), dtype=x.dtype).movedim(-1, 1)
-    return torch.empty(plan.shape, dtype=x.dtype)
+        return _empty((n, *positions, c), x.dtype).movedim(-1, 1)
+    return _empty(plan.shape, x.dtype)
 
 
 def _settings(epilogue: Epilogue, eps: float = 0.0, **others: bool) -> Settings:
@@ -234,8 +245,8 @@ def _fitting(tensor: Tensor, x: Tensor, plan: Plan) -> Tensor:
 def _unknown(plan: Plan) -> Moments:
     """The moments of a plan's channels, with room for mean and m2."""
     shape = plan.statistics
-    mean, m2 = (torch.empty(shape, dtype=torch.float64) for _ in range(2))
-    return Moments(torch.full(shape, plan.count), mean, m2)
+    mean, m2 = _empty(shape, torch.float64), _empty(shape, torch.float64)
+    return Moments(torch.full(shape, plan.count, device=_CPU), mean, m2)
 
 
 def _moments(x: Tensor, plan: Plan, batch: Moments) -> None:
@@ -259,8 +270,8 @@ def _sums(plan: Plan) -> dict[str, Tensor]:
     first, second = _partial(plan)
     shape = plan.statistics
     return {
-        "total": torch.empty(shape, dtype=torch.float64),
-        "projection": torch.empty(shape, dtype=torch.float64),
+        "total": _empty(shape, torch.float64),
+        "projection": _empty(shape, torch.float64),
         "partial_first": first,
         "partial_second": second,
     }
@@ -269,7 +280,18 @@ def _sums(plan: Plan) -> dict[str, Tensor]:
 def _partial(plan: Plan) -> tuple[Tensor, Tensor]:
     """Room for what the segments of a channel leave: two numbers each."""
     shape = (plan.segments, *plan.statistics)
-    return torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=torch.float64)
+    return _empty(shape, torch.float64), _empty(shape, torch.float64)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Room for numbers; on the CPU, for PyTorch's default may be another device."""
+    return torch.empty(shape, dtype=dtype, device=_CPU)
+
+
+def _coefficients(given: Coefficients, x: Tensor) -> dict[str, Tensor]:
+    """Coefficients as the kernels read them."""
+    dtype = compute_dtype(x)
+    return {name: _as(tensor, dtype) for name, tensor in given._asdict().items()}
 
 
 def _as_read(moments: Moments) -> Moments:

@@ -27,7 +27,7 @@ __all__ = [
 
 COUNTERS = ("next", "finished")  # first: by which threads share the tasks
 PLAN = (  # Plan.numbers
-    *("groups", "channels", "count", "samples", "units", "length", "pieces", "piece"),
+    *("groups", "channels", "samples", "units", "length", "pieces", "piece"),
     *("block", "blocks", "segments", "tasks", "pitch"),
 )
 STRIDES = (

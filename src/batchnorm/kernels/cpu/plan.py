@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-__all__ = ["LARGEST_PITCH", "Layout", "Plan", "layout_of", "plan_for", "plan_of"]
+__all__ = ["LARGEST_PITCH", "Layout", "Plan", "layout_of", "plan_of"]
 
 ROOM = 2048  # channels of a block, or columns, at most
 MARGIN = 40  # between the arrays of a block's numbers, lest they share their cache sets
@@ -55,6 +55,8 @@ def layout_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> Layout | None:
     if step == 1:
         return Layout(False, stride[0], stride[1])
     if c > 1 and stride[1] != 1:
+        return None
+    if c == 1 and step is not None:  # with gaps; an output without them would be walked otherwise
         return None
     if step is None:  # one position
         return Layout(True, stride[0], 1)
@@ -118,7 +120,7 @@ class Plan:
     def numbers(self) -> tuple[int, ...]:
         """In the order of library.PLAN."""
         return (
-            *(self.groups, self.channels, self.count, self.samples, self.units, self.length),
+            *(self.groups, self.channels, self.samples, self.units, self.length),
             *(self.pieces, self.piece, self.block, self.blocks, self.segments, self.tasks),
             self.pitch,
         )
@@ -134,13 +136,8 @@ def plan_of(
     the cache.
     """
     layout = layout_of(shape, stride)
-    return None if layout is None else plan_for(tuple(shape), layout, groups, itemsize, once)
-
-
-def plan_for(
-    shape: tuple[int, ...], layout: Layout, groups: int, itemsize: int, once: bool
-) -> Plan:
-    """The plan of a tensor (n, c, *positions) of that layout."""
+    if layout is None:
+        return None
     n, c, *positions = shape
     length = math.prod(positions)
     samples, count = n // groups, n // groups * length
@@ -166,7 +163,7 @@ def plan_for(
     block = -(-c // -(-c // block))  # as many blocks, of equal size
     blocks = -(-c // block)
     return Plan(
-        shape=shape,
+        shape=tuple(shape),
         family="columns" if in_columns else "rows",
         channels_last=layout.channels_last,
         groups=groups,

@@ -15,7 +15,6 @@ __all__ = [
     "load",
     "power_of_two",
     "scratch",
-    "size_of",
     "span",
     "store",
     "summing",
@@ -200,16 +199,6 @@ def like(typing_context, number, model):
         return context.cast(builder, arguments[0], number, model)
 
     return model(number, model), generate
-
-
-@intrinsic
-def size_of(typing_context, values):
-    """The bytes of one value of a span."""
-
-    def generate(context, builder, signature, arguments):
-        return context.get_constant(types.int64, values.dtype.bitwidth // 8)
-
-    return types.int64(values), generate
 
 
 @intrinsic

@@ -105,7 +105,7 @@ def compute_coefficients(a, room, group, first, last, compute):
     bias = span(a.bias, compute, "per channel")
     for c in range(first, last):
         at, i = group * a.channels + c, c - first
-        n = max(counts[at], 1) if a.counts != 0 else a.count
+        n = max(counts[at], 1)
         inverse = 1 / math.sqrt(m2[at] / n + a.eps)
         scale = inverse * np.float64(weight[c]) if a.weight != 0 else inverse
         center = compute(mean[at])
@@ -126,7 +126,7 @@ def compute_slopes(a, room, group, first, last):
     counts = span(a.counts, np.int64, "per channel")
     for i in range(last - first):
         at = group * a.channels + first + i
-        n = max(counts[at], 1) if a.counts != 0 else a.count
+        n = max(counts[at], 1)
         inverse, total = room.about[i], room.first[i]
         # the sums are about the rounded center; move them to the mean itself
         rounding = np.float64(room.center[i]) - mean[at]
@@ -197,8 +197,8 @@ def moments(arguments):
         if claim(arguments, FINISHED) == a.tasks - 1:
             for group in range(a.groups):
                 for segment in range(a.segments):
-                    seen = values_before(a, segment * a.units // a.segments)
-                    all_seen = values_before(a, (segment + 1) * a.units // a.segments)
+                    unit, stop = units_of(a, segment)
+                    seen, all_seen = values_before(a, unit), values_before(a, stop)
                     share = (all_seen - seen) / all_seen
                     at = (group * a.segments + segment) * a.channels
                     to = group * a.channels
