@@ -10,7 +10,7 @@ takes and leaves its per-channel numbers in `room`, from 0 on.
 
 import numpy as np
 
-from batchnorm.kernels.cpu.compiled.epilogue import Blocks
+from batchnorm.kernels.cpu.compiled.epilogue import Blocks, write, write_nothing
 from batchnorm.kernels.cpu.compiled.language import inlined, load, store
 
 __all__ = ["columns"]
@@ -166,46 +166,6 @@ def columns(epilogue):
                 store(t.y, at_y + j, value(z, parameter))
 
     @inlined
-    def backward_reduce(a, t, room, group, first, last, row, stop):
-        """Σg and Σg·(x − center) of each channel, in float64; keeps g, where it is kept first."""
-        rows, width, rest = _shape(a, first, last, row, stop)
-        channels = last - first
-        _spread_coefficients(a, room, channels, width)
-        for j in range(width):
-            room.column_first[j] = 0.0
-            room.column_second[j] = 0.0
-        sample, column = group * a.samples + row, first * a.length
-        parameter = a.parameter
-        # two rows at a time, as in the moments, where the columns' numbers crowd the nearest cache;
-        # but not where g is stored, which two rows at a time keep from being vectorized
-        half = rows // 2 if width > CROWDED and not reads_kept else 0
-        down = half * a.repeat
-        for r in range(half):
-            this = sample + r * a.repeat
-            at_dy, at_x = this * a.dy_outer + column, this * a.x_outer + column
-            at_residual = this * a.residual_outer + column
-            low_dy, low_x = at_dy + down * a.dy_outer, at_x + down * a.x_outer
-            low_residual = at_residual + down * a.residual_outer
-            for j in range(width):
-                g1, d1 = gradient(t, room, j, at_dy, at_x, at_residual, parameter)
-                g2, d2 = gradient(t, room, j, low_dy, low_x, low_residual, parameter)
-                first1, first2 = np.float64(g1), np.float64(g2)
-                room.column_first[j] += first1 + first2
-                room.column_second[j] += first1 * np.float64(d1) + first2 * np.float64(d2)
-        for r in range(2 * half, rows + 1):
-            this = sample + r * a.repeat
-            at_dy, at_x = this * a.dy_outer + column, this * a.x_outer + column
-            at_residual = this * a.residual_outer + column
-            at_g = this * a.g_outer + column
-            for j in range(width if r < rows else rest):
-                g, d = gradient(t, room, j, at_dy, at_x, at_residual, parameter)
-                keep_first(t.g, at_g + j, g)
-                room.column_first[j] += np.float64(g)
-                room.column_second[j] += np.float64(g) * np.float64(d)
-        _fold(a, room.column_first, room.first, channels, width)
-        _fold(a, room.column_second, room.second, channels, width)
-
-    @inlined
     def backward_apply(a, t, room, group, first, last, row, stop):
         """dx; from g where it was kept, or it is kept now."""
         rows, width, rest = _shape(a, first, last, row, stop)
@@ -226,29 +186,50 @@ def columns(epilogue):
                 store(t.dx, at_dx + j, dx * room.column_scale[j])
                 keep_last(t.g, at_g + j, g)
 
-    @inlined
-    def backward_frozen(a, t, room, group, first, last, row, stop):
-        """`backward_reduce`, and dx on the way, where the moments are constants."""
-        rows, width, rest = _shape(a, first, last, row, stop)
-        channels = last - first
-        _spread_coefficients(a, room, channels, width)
-        for j in range(width):
-            room.column_first[j] = 0.0
-            room.column_second[j] = 0.0
-        sample, column = group * a.samples + row, first * a.length
-        parameter = a.parameter
-        for r in range(rows + 1):
-            this = sample + r * a.repeat
-            at_dy, at_x = this * a.dy_outer + column, this * a.x_outer + column
-            at_residual = this * a.residual_outer + column
-            at_dx, at_g = this * a.dx_outer + column, this * a.g_outer + column
-            for j in range(width if r < rows else rest):
-                g, d = gradient(t, room, j, at_dy, at_x, at_residual, parameter)
-                keep_first(t.g, at_g + j, g)
-                store(t.dx, at_dx + j, g * room.column_scale[j])
-                room.column_first[j] += np.float64(g)
-                room.column_second[j] += np.float64(g) * np.float64(d)
-        _fold(a, room.column_first, room.first, channels, width)
-        _fold(a, room.column_second, room.second, channels, width)
+    def reduction(write_dx):
+        """Σg and Σg·(x − center), and on the way g and, from frozen moments, dx."""
+        only_sums = not reads_kept and write_dx is write_nothing
 
-    return Blocks(moments, apply, backward_reduce, backward_apply, backward_frozen)
+        @inlined
+        def reduce(a, t, room, group, first, last, row, stop):
+            rows, width, rest = _shape(a, first, last, row, stop)
+            channels = last - first
+            _spread_coefficients(a, room, channels, width)
+            for j in range(width):
+                room.column_first[j] = 0.0
+                room.column_second[j] = 0.0
+            sample, column = group * a.samples + row, first * a.length
+            parameter = a.parameter
+            # two rows at a time, as in the moments, where the columns' numbers crowd the nearest
+            # cache; but not where something is stored, which keeps two from being vectorized
+            half = rows // 2 if width > CROWDED and only_sums else 0
+            down = half * a.repeat
+            for r in range(half):
+                this = sample + r * a.repeat
+                at_dy, at_x = this * a.dy_outer + column, this * a.x_outer + column
+                at_residual = this * a.residual_outer + column
+                low_dy, low_x = at_dy + down * a.dy_outer, at_x + down * a.x_outer
+                low_residual = at_residual + down * a.residual_outer
+                for j in range(width):
+                    g1, d1 = gradient(t, room, j, at_dy, at_x, at_residual, parameter)
+                    g2, d2 = gradient(t, room, j, low_dy, low_x, low_residual, parameter)
+                    first1, first2 = np.float64(g1), np.float64(g2)
+                    room.column_first[j] += first1 + first2
+                    room.column_second[j] += first1 * np.float64(d1) + first2 * np.float64(d2)
+            for r in range(2 * half, rows + 1):
+                this = sample + r * a.repeat
+                at_dy, at_x = this * a.dy_outer + column, this * a.x_outer + column
+                at_residual = this * a.residual_outer + column
+                at_dx, at_g = this * a.dx_outer + column, this * a.g_outer + column
+                for j in range(width if r < rows else rest):
+                    g, d = gradient(t, room, j, at_dy, at_x, at_residual, parameter)
+                    keep_first(t.g, at_g + j, g)
+                    write_dx(t.dx, at_dx + j, g * room.column_scale[j])
+                    room.column_first[j] += np.float64(g)
+                    room.column_second[j] += np.float64(g) * np.float64(d)
+            _fold(a, room.column_first, room.first, channels, width)
+            _fold(a, room.column_second, room.second, channels, width)
+
+        return reduce
+
+    return Blocks(moments, apply, reduction(write_nothing), backward_apply, reduction(write))

@@ -5,7 +5,7 @@ from collections import namedtuple
 from batchnorm.kernels.cpu.compiled.activations import DERIVATIVES, VALUES
 from batchnorm.kernels.cpu.compiled.language import inlined, load, store
 
-__all__ = ["Blocks", "Epilogue", "epilogue"]
+__all__ = ["Blocks", "Epilogue", "epilogue", "write", "write_nothing"]
 
 Epilogue = namedtuple("Epilogue", "value derivative add keep_first keep_last reads_kept")
 Blocks = namedtuple("Blocks", "moments apply backward_reduce backward_apply backward_frozen")
@@ -22,12 +22,12 @@ def add_nothing(z, residual, at):
 
 
 @inlined
-def keep(target, at, g):
+def write(target, at, g):
     store(target, at, g)
 
 
 @inlined
-def keep_nothing(target, at, g):
+def write_nothing(target, at, g):
     pass
 
 
@@ -41,7 +41,7 @@ def epilogue(act, residual, bits):
     """
     functions = VALUES[bits][act], DERIVATIVES[bits][act]
     if residual == "none":
-        return Epilogue(*functions, add_nothing, keep_nothing, keep_nothing, False)
+        return Epilogue(*functions, add_nothing, write_nothing, write_nothing, False)
     if residual == "kept_first":
-        return Epilogue(*functions, add_residual, keep, keep_nothing, True)
-    return Epilogue(*functions, add_residual, keep_nothing, keep, False)
+        return Epilogue(*functions, add_residual, write, write_nothing, True)
+    return Epilogue(*functions, add_residual, write_nothing, write, False)

@@ -7,7 +7,7 @@ per-channel numbers in `room`, from 0 on.
 
 import numpy as np
 
-from batchnorm.kernels.cpu.compiled.epilogue import Blocks
+from batchnorm.kernels.cpu.compiled.epilogue import Blocks, write, write_nothing
 from batchnorm.kernels.cpu.compiled.language import inlined, load, store, summing
 
 __all__ = ["rows"]
@@ -83,33 +83,6 @@ def rows(epilogue):
 
     gradient_again = read_kept if reads_kept else gradient
 
-    @summing
-    def gradient_sums(t, at_dy, at_x, at_residual, at_g, length, center, scale, shift, parameter):
-        total = projection = 0.0
-        for i in range(length):
-            g, d = gradient(
-                t, at_dy + i, at_x + i, at_residual + i, center, scale, shift, parameter
-            )
-            total += np.float64(g)
-            projection += np.float64(g) * np.float64(d)
-            keep_first(t.g, at_g + i, g)
-        return total, projection
-
-    @summing
-    def frozen_sums(
-        t, at_dy, at_x, at_residual, at_g, at_dx, length, center, scale, shift, parameter
-    ):
-        total = projection = 0.0
-        for i in range(length):
-            g, d = gradient(
-                t, at_dy + i, at_x + i, at_residual + i, center, scale, shift, parameter
-            )
-            total += np.float64(g)
-            projection += np.float64(g) * np.float64(d)
-            keep_first(t.g, at_g + i, g)
-            store(t.dx, at_dx + i, g * scale)
-        return total, projection
-
     @inlined
     def apply(a, t, room, group, first, last, unit, stop):
         """y."""
@@ -126,31 +99,6 @@ def rows(epilogue):
                     z = (load(t.x, at_x + i) - center) * scale + shift
                     z = add(z, t.residual, at_residual + i)
                     store(t.y, at_y + i, value(z, parameter))
-
-    @inlined
-    def backward_reduce(a, t, room, group, first, last, unit, stop):
-        """Σg and Σg·(x − center) of each channel, in float64; keeps g, where it is kept first."""
-        parameter = a.parameter
-        for i in range(last - first):
-            room.first[i] = 0.0
-            room.second[i] = 0.0
-        for u in range(unit, stop):
-            sample, start, length = _unit(a, group, u)
-            for c in range(first, last):
-                total, projection = gradient_sums(
-                    t,
-                    sample * a.dy_outer + c * a.dy_inner + start,
-                    sample * a.x_outer + c * a.x_inner + start,
-                    sample * a.residual_outer + c * a.residual_inner + start,
-                    sample * a.g_outer + c * a.g_inner + start,
-                    length,
-                    room.center[c - first],
-                    room.scale[c - first],
-                    room.shift[c - first],
-                    parameter,
-                )
-                room.first[c - first] += total
-                room.second[c - first] += projection
 
     @inlined
     def backward_apply(a, t, room, group, first, last, unit, stop):
@@ -175,30 +123,46 @@ def rows(epilogue):
                     store(t.dx, at_dx + i, (g + d * slope + offset) * scale)
                     keep_last(t.g, at_g + i, g)
 
-    @inlined
-    def backward_frozen(a, t, room, group, first, last, unit, stop):
-        """`backward_reduce`, and dx on the way, where the moments are constants."""
-        parameter = a.parameter
-        for i in range(last - first):
-            room.first[i] = 0.0
-            room.second[i] = 0.0
-        for u in range(unit, stop):
-            sample, start, length = _unit(a, group, u)
-            for c in range(first, last):
-                total, projection = frozen_sums(
-                    t,
-                    sample * a.dy_outer + c * a.dy_inner + start,
-                    sample * a.x_outer + c * a.x_inner + start,
-                    sample * a.residual_outer + c * a.residual_inner + start,
-                    sample * a.g_outer + c * a.g_inner + start,
-                    sample * a.dx_outer + c * a.dx_inner + start,
-                    length,
-                    room.center[c - first],
-                    room.scale[c - first],
-                    room.shift[c - first],
-                    parameter,
-                )
-                room.first[c - first] += total
-                room.second[c - first] += projection
+    def reduction(write_dx):
+        """Σg and Σg·(x − center), and on the way g and, from frozen moments, dx."""
 
-    return Blocks(moments, apply, backward_reduce, backward_apply, backward_frozen)
+        @summing
+        def sums(t, at_dy, at_x, at_residual, at_g, at_dx, length, center, scale, shift, parameter):
+            total = projection = 0.0
+            for i in range(length):
+                g, d = gradient(
+                    t, at_dy + i, at_x + i, at_residual + i, center, scale, shift, parameter
+                )
+                total += np.float64(g)
+                projection += np.float64(g) * np.float64(d)
+                keep_first(t.g, at_g + i, g)
+                write_dx(t.dx, at_dx + i, g * scale)
+            return total, projection
+
+        @inlined
+        def reduce(a, t, room, group, first, last, unit, stop):
+            for i in range(last - first):
+                room.first[i] = 0.0
+                room.second[i] = 0.0
+            for u in range(unit, stop):
+                sample, start, length = _unit(a, group, u)
+                for c in range(first, last):
+                    total, projection = sums(
+                        t,
+                        sample * a.dy_outer + c * a.dy_inner + start,
+                        sample * a.x_outer + c * a.x_inner + start,
+                        sample * a.residual_outer + c * a.residual_inner + start,
+                        sample * a.g_outer + c * a.g_inner + start,
+                        sample * a.dx_outer + c * a.dx_inner + start,
+                        length,
+                        room.center[c - first],
+                        room.scale[c - first],
+                        room.shift[c - first],
+                        a.parameter,
+                    )
+                    room.first[c - first] += total
+                    room.second[c - first] += projection
+
+        return reduce
+
+    return Blocks(moments, apply, reduction(write_nothing), backward_apply, reduction(write))
