@@ -366,13 +366,13 @@ def test_check_memory_says_what_rematerialization_saves(batchnorm, name):
 @pytest.mark.parametrize(
     ("target", "shape", "words"),
     [
-        ("some_models", "5,3,8,8", ["'some_models' names no model", "package.module:make_model"]),
+        ("some_models", "5,3,8,8", ["'some_models' names nothing", "package.module:name"]),
         ("some_models:exits", "5,3,8,8", ["exits() failed: SystemExit: 3"]),
         ("nowhere.py:ours", "5,3,8,8", ["cannot import nowhere.py", "no file nowhere.py"]),
         ("some_models:nix", "5,3,8,8", ["some_models has no nix"]),
         ("no_models:ours", "5,3,8,8", ["cannot import no_models", "No module named"]),
-        ("some_models:number", "5,3,8,8", ["is int, no function that makes a model"]),
-        ("some_models:nothing", "5,3,8,8", ["nothing() returned NoneType"]),
+        ("some_models:number", "5,3,8,8", ["some_models:number is int, no torch.nn.Module"]),
+        ("some_models:nothing", "5,3,8,8", ["some_models:nothing is NoneType, no torch.nn.Module"]),
         ("some_models:broken", "5,3,8,8", ["broken() failed: OSError: no such weights"]),
         ("some_models:ours", "5,3,8,b", ["'5,3,8,b' is no shape", "32,3,224,224"]),
         ("some_models:ours", "5,3,0,8", ["'5,3,0,8' is no shape"]),
@@ -424,3 +424,38 @@ def test_check_reads_no_code_and_refuses_what_it_cannot_read(batchnorm, folder):
     (folder / "empty").mkdir()
     refused(batchnorm("check", "empty"), "no checkpoint in empty", ".safetensors")
     refused(batchnorm("check", "good.pt", "-o", "no/such/report.json"), "no/such")
+
+
+LOADER = """
+import torch
+
+def loader():
+    return [torch.randn(8, 3, 4, 4) for _ in range(6)]
+
+wide = [torch.randn(8, 5, 4, 4)]
+none = []
+number = 3
+"""
+
+
+@pytest.mark.usefixtures("models")
+def test_check_runs_batches_through_a_model(batchnorm):
+    text = MODELS + "\ndef eight():\n    return nn.Sequential(nn.BatchNorm2d(3, affine=False))\n"
+    text += "\ndef unused():\n    m = eight()\n    m[0].spare = nn.BatchNorm2d(3)\n    return m\n"
+    script(text, name="some_models.py")
+    script(LOADER, name="some_batches.py")
+    status, out, _ = batchnorm("check", "some_models.py:eight", "--data", "some_batches.py:loader")
+    assert status == 0
+    assert "checked 1 layer of some_models.py:eight in 6 batches: nothing found" in out
+    _, out, _ = batchnorm("check", "some_models.py:unused", "--data", "some_batches.py:loader")
+    assert "BN131 info: layers that are never called" in out
+    assert "  in   0.spare\n" in out
+    for data, words in {
+        "wide": ["failed on a batch of some_batches.py:wide", "RuntimeError"],
+        "none": ["there are no batches"],
+        "number": ["some_batches.py:number is int, no iterable of batches"],
+    }.items():
+        result = batchnorm("check", "some_models.py:eight", "--data", f"some_batches.py:{data}")
+        refused(result, *words)
+    result = batchnorm("check", "some.pt", "--data", "some_batches.py:loader")
+    refused(result, "--data needs a model")

@@ -162,10 +162,12 @@ def test_the_terminal_says_which_rule_was_switched_off_and_why():
 
 
 def test_the_terminal_says_what_was_checked():
-    checked = dataclasses.replace(report(), subject="model.pt")
+    checked = dataclasses.replace(report(), subject="model.pt", calls=0)
     assert printed(checked).splitlines()[1] == (
         "batchnorm checked 3 layers of model.pt: nothing found by BN103, BN108, BN109"
     )
+    with_batches = dataclasses.replace(checked, calls=7)
+    assert "of model.pt in 7 batches: nothing" in printed(with_batches).splitlines()[1]
     empty = dataclasses.replace(report(layers=0), subject="model.pt")
     assert printed(empty).splitlines()[1] == "batchnorm found no batch norm layer in model.pt"
 

@@ -1,6 +1,6 @@
 """The auditor: rules, the probe that watches a model for them, and what they find."""
 
-from batchnorm.audit.check import check
+from batchnorm.audit.check import audit, check
 from batchnorm.audit.checkpoint import SUFFIXES, checkpoints_at, read_checkpoint
 from batchnorm.audit.finding import Finding, Report, Severity
 from batchnorm.audit.probe import Probe
@@ -19,6 +19,7 @@ __all__ = [
     "Rule",
     "Severity",
     "State",
+    "audit",
     "check",
     "checkpoints_at",
     "find_rule",

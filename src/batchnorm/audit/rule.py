@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
 from batchnorm.audit.call import Call
+from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Severity
 from batchnorm.audit.state import State
 
@@ -22,7 +23,7 @@ class Rule:
     A rule that looks at a training run has `before` and `after`, which are called around every
     forward pass of a batch norm layer, must change nothing and should cost next to nothing, and
     `findings` for the end. A rule that looks at what lies still, a checkpoint or a model, has
-    `examine`.
+    `examine`; one that looks at what batches do in a model has `weigh`.
     """
 
     code: ClassVar[str]
@@ -59,4 +60,8 @@ class Rule:
 
     def examine(self, state: State) -> Iterator[Finding]:
         """What is found in a checkpoint or a model."""
+        yield from ()
+
+    def weigh(self, evidence: Evidence) -> Iterator[Finding]:
+        """What is found in what batches did in a model."""
         yield from ()

@@ -18,11 +18,12 @@ from rich.table import Column, Table
 
 from batchnorm.audit import (
     RULES,
+    Report,
+    audit,
     checkpoints_at,
     find_rule,
     read_checkpoint,
     run_script,
-    state_of,
 )
 from batchnorm.audit import check as examine
 from batchnorm.audit.place import displayed
@@ -30,6 +31,7 @@ from batchnorm.cli.files import example, write_atomically
 from batchnorm.cli.model import (
     in_one_line,
     input_like,
+    load_batches,
     load_model,
     names_model,
     shape_of,
@@ -105,6 +107,12 @@ def check(
             "package.module:make_model or path/to/file.py:make_model."
         ),
     ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", help="Batches for the model: package.module:loader, or a function making one."
+        ),
+    ] = None,
     output: _Output = None,
     strict: _Strict = False,
     memory: Annotated[
@@ -116,9 +124,10 @@ def check(
 ) -> None:
     """Check a checkpoint or a model.
 
-    A checkpoint is read without running anything of it. With --memory, run one forward pass of
-    a model in training mode on noise, add up what it keeps for the backward pass, and say how much
-    of it `batchnorm.rematerialize(model)` would save.
+    A checkpoint is read without running anything of it. With --data, up to 32 batches are run
+    through the model, in training mode and without gradients. With --memory, run one forward
+    pass of it in training mode on noise, add up what it keeps for the backward pass, and say how
+    much of that `batchnorm.rematerialize(model)` would save.
     """
     if memory != (input is not None):
         _refuse("--memory and --input go together: --memory --input 32,3,224,224")
@@ -128,14 +137,9 @@ def check(
         if input is not None:
             _print_memory(target, shape_of(input))
             return
-        states = (
-            [state_of(load_model(target), target)]
-            if names_model(target)
-            else [read_checkpoint(path) for path in checkpoints_at(Path(target))]
-        )
+        report = _checked(target, data)
     except ValueError as error:
         _refuse(str(error))
-    report = examine(states)
     print_report(report, Console())
     if output is not None:
         try:
@@ -144,6 +148,20 @@ def check(
             _refuse(f"cannot write {output}: {error.strerror}")
     if strict and not report.is_clean:
         raise typer.Exit(1)
+
+
+def _checked(target: str, data: str | None) -> Report:
+    if names_model(target):
+        model = load_model(target)
+        batches = None if data is None else load_batches(data)
+        try:
+            return audit(model, batches, name=target)
+        except Exception as error:
+            said = in_one_line(error)
+            raise ValueError(f"the model failed on a batch of {data}: {said}") from error
+    if data is not None:
+        raise ValueError("--data needs a model, package.module:make_model; a checkpoint cannot run")
+    return examine([read_checkpoint(path) for path in checkpoints_at(Path(target))])
 
 
 def _print_memory(target: str, shape: tuple[int, ...]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["in_one_line", "input_like", "load_model", "names_model", "shape_of"]
+__all__ = ["in_one_line", "input_like", "load_batches", "load_model", "names_model", "shape_of"]
 
 
 def names_model(target: str) -> bool:
@@ -27,33 +28,47 @@ def load_model(target: str) -> nn.Module:
 
     Raises `ValueError` where there is none, with what was found instead.
     """
+    made = _made(target, nn.Module)
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"{target} is {type(made).__name__}, no torch.nn.Module or what makes one")
+    return made
+
+
+def load_batches(target: str) -> Iterable[object]:
+    """What `package.module:loader` names: an iterable of batches, or a function that makes one.
+
+    Raises `ValueError` where there is none, with what was found instead.
+    """
+    made = _made(target, Iterable)
+    if not isinstance(made, Iterable):
+        raise ValueError(f"{target} is {type(made).__name__}, no iterable of batches")
+    return made
+
+
+def _made(target: str, kind: type) -> object:
+    """What a target names, called where it is not of the kind itself but can be."""
     module_name, _, name = target.rpartition(":")
     if not names_model(target):
         raise ValueError(
-            f"{target!r} names no model; write package.module:make_model, a function that takes "
-            "no arguments and returns one"
+            f"{target!r} names nothing; write package.module:name or path/to/file.py:name, of a "
+            "function that takes no arguments"
         )
     if "" not in sys.path:
         sys.path.insert(0, "")  # the working directory, as `python -m` has it
     try:
-        found = _module(module_name)
+        found: object = _module(module_name)
     except (Exception, SystemExit) as error:
         raise ValueError(f"cannot import {module_name}: {in_one_line(error)}") from error
     for part in name.split("."):
         if not hasattr(found, part):
             raise ValueError(f"{module_name} has no {name}; name a function or class of it")
         found = getattr(found, part)
-    made: object = found
-    if not isinstance(made, nn.Module):
-        if not callable(made):
-            raise ValueError(f"{target} is {type(made).__name__}, no function that makes a model")
-        try:
-            made = made()
-        except (Exception, SystemExit) as error:
-            raise ValueError(f"{name}() failed: {in_one_line(error)}") from error
-    if not isinstance(made, nn.Module):
-        raise ValueError(f"{name}() returned {type(made).__name__}, no torch.nn.Module")
-    return made
+    if isinstance(found, kind) or not callable(found):
+        return found
+    try:
+        return found()
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{name}() failed: {in_one_line(error)}") from error
 
 
 def _module(name: str) -> ModuleType:

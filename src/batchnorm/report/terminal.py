@@ -24,7 +24,8 @@ def print_report(report: Report, console: Console) -> None:
     passes = "1 forward pass" if report.calls == 1 else f"{report.calls} forward passes"
     watched = f"batchnorm watched {layers} in {passes}"
     if report.subject is not None:
-        watched = f"batchnorm checked {layers} of {report.subject}"
+        ran = "" if report.calls == 0 else f" in {report.calls} batches"
+        watched = f"batchnorm checked {layers} of {report.subject}{ran}"
     line("")
     if report.layers == 0 and report.subject is not None:
         line(f"batchnorm found no batch norm layer in {report.subject}", "bold")

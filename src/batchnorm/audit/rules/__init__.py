@@ -4,6 +4,7 @@ from batchnorm.audit.rule import Rule
 from batchnorm.audit.rules.bn101_broken_statistics import BrokenStatistics
 from batchnorm.audit.rules.bn102_half_frozen import HalfFrozen
 from batchnorm.audit.rules.bn103_stale_statistics import StaleStatistics
+from batchnorm.audit.rules.bn104_companions import Companions
 from batchnorm.audit.rules.bn106_missing_statistics import MissingStatistics
 from batchnorm.audit.rules.bn108_moved_without_gradients import MovedWithoutGradients
 from batchnorm.audit.rules.bn109_one_value import OneValuePerChannel
@@ -13,7 +14,9 @@ from batchnorm.audit.rules.bn116_flag_changed import FlagChanged
 from batchnorm.audit.rules.bn117_no_momentum import NoMomentum
 from batchnorm.audit.rules.bn118_large_eps import LargeEps
 from batchnorm.audit.rules.bn121_half_precision import HalfPrecision
+from batchnorm.audit.rules.bn124_sorted_batches import SortedBatches
 from batchnorm.audit.rules.bn128_dead_channels import DeadChannels
+from batchnorm.audit.rules.bn131_never_called import NeverCalled
 
 __all__ = ["RULES", "find_rule"]
 
@@ -21,6 +24,7 @@ RULES: tuple[type[Rule], ...] = (
     BrokenStatistics,
     HalfFrozen,
     StaleStatistics,
+    Companions,
     MissingStatistics,
     MovedWithoutGradients,
     OneValuePerChannel,
@@ -30,7 +34,9 @@ RULES: tuple[type[Rule], ...] = (
     NoMomentum,
     LargeEps,
     HalfPrecision,
+    SortedBatches,
     DeadChannels,
+    NeverCalled,
 )
 """By code."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from batchnorm.audit.call import Call, TorchBatchNorm
 from batchnorm.audit.distance import Distance, distance
+from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Severity
 from batchnorm.audit.place import is_inside_autograd_function
 from batchnorm.audit.rule import Rule
@@ -30,7 +31,8 @@ class StaleStatistics(Rule):
 
     Layers whose running mean or variance is far from the mean and variance of the training
     batches just before the model was last evaluated (or before the run ended). The distance is
-    given with its sampling error, and only what exceeds twice that error is reported.
+    given with its sampling error, and only what exceeds twice that error is reported. `audit` with
+    batches, and `batchnorm check --data`, compare the statistics of the model as it is.
 
     ## Why it hurts
 
@@ -64,7 +66,7 @@ class StaleStatistics(Rule):
 
     code = "BN103"
     name = "running statistics far from the data's"
-    looks_at = "a training run"
+    looks_at = "a training run or batches"
 
     def __init__(self) -> None:
         self._watched: dict[int, _Watched] = {}
@@ -103,9 +105,23 @@ class StaleStatistics(Rule):
     def findings(self) -> Iterator[Finding]:
         """One for each layer that was far off when it was last evaluated."""
         for watched in self._watched.values():
-            d = watched.distance()
-            if d is None or not d.is_harmful:
+            yield from self._judged(watched.path, watched.distance())
+
+    def weigh(self, evidence: Evidence) -> Iterator[Finding]:
+        """One finding for each layer that is far off from what the batches give it."""
+        for layer in evidence.layers:
+            if layer.running is None or layer.is_frozen or len(layer.batches) < FEWEST:
                 continue
+            mean, var = layer.running
+            norm = layer.layer
+            if norm.num_batches_tracked is not None and norm.num_batches_tracked == 0:
+                continue  # it has not been trained yet
+            if (mean.isfinite() & var.isfinite()).all():  # BN101 says so where they are not
+                measured = distance(mean, var, layer.batches, norm.momentum, norm.eps)
+                yield from self._judged(layer.path, measured)
+
+    def _judged(self, path: str, d: Distance | None) -> Iterator[Finding]:
+        if d is not None and d.is_harmful:
             message = (
                 f"the running mean is off by {d.shift:.2g} ± {d.shift_error:.1g} standard "
                 f"deviations, the running standard deviation by ×{math.exp(d.stretch):.2g} "
@@ -116,7 +132,7 @@ class StaleStatistics(Rule):
             yield self.found(
                 Severity.WARNING,
                 message,
-                modules=(watched.path,),
+                modules=(path,),
                 fix="torch.optim.swa_utils.update_bn(loader, model) before evaluating; then a "
                 "larger momentum",
                 **d._asdict(),

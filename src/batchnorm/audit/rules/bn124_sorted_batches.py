@@ -1,0 +1,123 @@
+"""BN124: batches that are not alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from batchnorm.audit.evidence import Evidence
+from batchnorm.audit.finding import Finding, Severity
+from batchnorm.audit.rule import Rule
+
+__all__ = ["SortedBatches", "likeness"]
+
+SHUFFLES = 999
+SURE = 0.002  # chance of a false alarm; with so many shuffles 0.001 is the least there is
+HARMFUL = 2.0  # times the spread of batch means that shuffled samples would have
+
+
+class SortedBatches(Rule):
+    """## What it finds
+
+    Batches whose means lie further apart than batches of shuffled samples would: samples arrive
+    sorted by class, source or time. At the first layer each channel's means of samples are
+    compared, between batches and within them (one-way analysis of variance), and the same is
+    done for samples shuffled over the batches, 999 times.
+
+    ## Why it hurts
+
+    Every batch is normalized by its own statistics. Where the composition of a batch tells the
+    label, the network learns to read it off the statistics, and that is gone at inference: running
+    statistics average over all batches and fit none. Contrastive methods have cheated so
+    (HobbitLong/CMC#39).
+
+    ## Example
+
+        DataLoader(dataset, batch_size=64, shuffle=False)      # files sorted by class
+
+    ## Fix
+
+    `DataLoader(..., shuffle=True)`; where sources must stay apart, one layer a source
+    (`DomainBatchNorm`), or a sampler that mixes them.
+
+    ## When it is fine
+
+    For batches that are groups by design (one patient, one speaker) and evaluated as such.
+
+    ## Evidence
+
+    HobbitLong/CMC#39, facebookresearch/moco#46
+    """
+
+    code = "BN124"
+    name = "batches that are not alike"
+    looks_at = "batches"
+
+    def weigh(self, evidence: Evidence) -> Iterator[Finding]:
+        """One finding, from the first layer: deeper ones see what the first has made of it."""
+        if not evidence.layers:
+            return
+        first = evidence.layers[0]
+        whole = [means for means in first.sample_means if len(means) > 1]
+        if len(whole) < 2:
+            return
+        measured = likeness(whole)
+        if measured.chance <= SURE and measured.ratio >= HARMFUL:
+            yield self.found(
+                Severity.WARNING,
+                f"batch means lie {measured.ratio**0.5:.1f} times as far apart as those of "
+                f"shuffled samples would (of {SHUFFLES} shuffles {measured.as_far} were as far)",
+                [first.path],
+                "DataLoader(..., shuffle=True)",
+                ratio=measured.ratio,
+                chance=measured.chance,
+            )
+
+
+class Likeness(NamedTuple):
+    """How far apart batches are.
+
+    - `ratio`: variance between batches over variance within, as F is: 1 for shuffled samples.
+    - `chance`: of a ratio as large if the samples were shuffled: an exact permutation test's.
+    - `as_far`: shuffles that were.
+    """
+
+    ratio: float
+    chance: float
+    as_far: int
+
+
+def likeness(batches: list[Float[Tensor, "n c"]]) -> Likeness:
+    """Compare batches of per-sample means, (n, c) each, by one-way analysis of variance.
+
+    The statistic is Σ_c between_c / Σ_c within_c over channels that are scaled to variance one,
+    each mean square over its degrees of freedom (Fisher 1925). Its distribution where batches
+    are alike is that over shuffles, whatever the samples' distribution and the channels'
+    correlation.
+    """
+    samples = torch.cat(batches).double()
+    spread = samples.std(0)
+    samples = (samples - samples.mean(0))[:, spread > 0] / spread[spread > 0]
+    sizes = torch.tensor([len(batch) for batch in batches])
+    n, k = len(samples), len(batches)
+    total = samples.square().sum()
+    if samples.numel() == 0 or n <= k:
+        return Likeness(1.0, 1.0, SHUFFLES)
+    members = torch.repeat_interleave(torch.arange(k), sizes)
+    generator = torch.Generator().manual_seed(0)
+
+    def ratio(order: Tensor) -> float:
+        sums = torch.zeros(k, samples.shape[1], dtype=samples.dtype)
+        sums.index_add_(0, members, samples[order])
+        between = (sums.square().sum(1) / sizes).sum()
+        within = total - between
+        return float(between / (k - 1) / (within / (n - k)).clamp(min=1e-300))
+
+    observed = ratio(torch.arange(n))
+    shuffled = [ratio(torch.randperm(n, generator=generator)) for _ in range(SHUFFLES)]
+    as_far = sum(other >= observed for other in shuffled)
+    return Likeness(observed, (1 + as_far) / (1 + SHUFFLES), as_far)
