@@ -353,13 +353,13 @@ def test_check_memory_says_what_rematerialization_saves(batchnorm, name):
     title, _, *rows = out.splitlines()
     assert title == f"some_models:{name}, 5×3×50×20, training"
     cells = [row.split() for row in rows]
-    saved = ["2.0", "50%"]  # MB: one of two tensors of 5·100·50·20 values
-    assert cells[0][-1] == "4.0"
+    saved = ["2.0", "MB", "50%"]  # one of two tensors of 5·100·50·20 values
+    assert cells[0][-2:] == ["4.0", "MB"]
     if name == "Theirs":
-        assert cells[1][-2:] == ["4.0", "0%"]
-        assert cells[2][-2:] == saved
+        assert cells[1][-3:] == ["4.0", "MB", "0%"]
+        assert cells[2][-3:] == saved
     else:
-        assert [row[-2:] for row in cells[1:]] == [saved]
+        assert [row[-3:] for row in cells[1:]] == [saved]
 
 
 @pytest.mark.usefixtures("models")
@@ -374,9 +374,10 @@ def test_check_memory_says_what_rematerialization_saves(batchnorm, name):
         ("some_models:number", "5,3,8,8", ["some_models:number is int, no torch.nn.Module"]),
         ("some_models:nothing", "5,3,8,8", ["some_models:nothing is NoneType, no torch.nn.Module"]),
         ("some_models:broken", "5,3,8,8", ["broken() failed: OSError: no such weights"]),
+        ("./some_models:ours", "5,3,8,8", ["a path must name a file: ./some_models.py"]),
         ("some_models:ours", "5,3,8,b", ["'5,3,8,b' is no shape", "32,3,224,224"]),
         ("some_models:ours", "5,3,0,8", ["'5,3,0,8' is no shape"]),
-        ("some_models:ours", "5,4,8,8", ["shape (5, 4, 8, 8)", "to have 3 channels"]),
+        ("some_models:ours", "5,4,8,8", ["one tensor of shape (5, 4, 8, 8)", "to have 3 channels"]),
     ],
 )
 def test_check_refuses_what_it_cannot_check(batchnorm, target, shape, words):

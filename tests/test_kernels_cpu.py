@@ -233,6 +233,18 @@ def test_layouts_that_are_copied_first(shape, stride):
     assert plan_of(shape, stride, 1, 4, False) is None
 
 
+def test_a_value_of_the_switch_that_there_is_not_is_an_error():
+    code = """
+import torch, batchnorm
+try:
+    batchnorm.BatchNorm1d(3)(torch.randn(8, 3))
+except ValueError as error:
+    print(error)
+"""
+    want = "BATCHNORM_KERNELS must be reference or not set, got 'numba'"
+    assert in_a_process(code, BATCHNORM_KERNELS="numba") == want
+
+
 def test_one_openmp_and_no_more_threads_than_pytorch_allows():
     code = """
 import os, torch

@@ -100,6 +100,11 @@ def test_a_residual_that_nobody_else_keeps_is_counted():
     assert memory.converted == memory.kept  # a residual in place of the output
 
 
+def test_a_compiled_model_is_refused():
+    with pytest.raises(TypeError, match="cannot see into a compiled model"):
+        activation_memory(torch.compile(nn.BatchNorm2d(4)), x())
+
+
 def test_the_model_s_mode_and_laziness_are_left_as_they_were():
     model = nn.Sequential(nn.LazyConv2d(4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval()
     model[1].train()

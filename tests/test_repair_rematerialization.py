@@ -1,4 +1,5 @@
 import copy
+import gc
 import pickle
 
 import pytest
@@ -419,3 +420,82 @@ def test_an_output_that_lost_its_memory_to_another_tensor_is_not_taken_for_it():
         out = model(x, weight)
     (dw,) = torch.autograd.grad(out.sum(), weight)
     assert dw.tolist() == [500, 500, 500]
+
+
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("lasting", [True, False])
+def test_a_forward_pass_that_was_broken_off_leaves_no_hooks(stopped, lasting):
+    class Stops(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.stops = BatchNorm1d(3, act="relu"), True
+
+        def forward(self, x):
+            y = self.norm(x).exp()
+            if self.stops:
+                raise stopped
+            return y
+
+    model, x = Stops(), torch.randn(4, 3, requires_grad=True)
+    if lasting:
+        handle = rematerialize(model)
+        for _ in range(3):  # the next pass puts away what the last one left
+            with pytest.raises(stopped):
+                model(x)
+        assert len(handle._running._begun) == 1
+        model.stops = False
+        model(x).sum().backward()
+    else:
+        with pytest.raises(stopped), rematerialize(model):
+            model(x)
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    assert observer.notify is None
+
+
+def test_nothing_outlives_a_pass_but_what_the_graph_keeps():
+    model, x = chain(), images()
+    rematerialize(model)
+    gc.collect()
+    gc.disable()
+    try:
+        inputs = []
+        for layer in model:
+            if isinstance(layer, BatchNorm2d):
+                layer.register_forward_pre_hook(
+                    lambda _, args: inputs.append(StorageWeakRef(args[0].untyped_storage()))
+                )
+        model(x).sum().backward()
+        assert inputs
+        assert all(storage.expired() for storage in inputs)
+    finally:
+        gc.enable()
+
+
+def test_other_hooks_around_the_model_decide_what_is_kept():
+    model, x = chain(), images()
+    want = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    rematerialize(model)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (seen.append(t), t)[1], lambda t: t):
+        got = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    assert len(seen) > 5
+    assert all(map(torch.equal, got, want))
+    kept = []
+    model[0].register_forward_hook(lambda *a: kept.append(StorageWeakRef(a[2].untyped_storage())))
+    y = checkpoint(model, x, use_reentrant=False)
+    assert kept[0].expired()  # the checkpoint's, not the recipe's, whose input it would be
+    kept.clear()
+    assert all(map(torch.equal, torch.autograd.grad(y.square().sum(), model.parameters()), want))
+
+
+def test_torch_func_goes_through_a_rematerialized_model():
+    model, x = chain().eval(), images()
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, x).square().sum()
+
+    want = torch.func.grad(loss)(parameters)
+    rematerialize(model)
+    got = torch.func.grad(loss)(parameters)
+    assert all(torch.equal(got[name], want[name]) for name in want)

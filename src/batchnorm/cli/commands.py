@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markdown import Markdown
 from rich.table import Column, Table
 
@@ -156,7 +157,7 @@ def _checked(target: str, data: str | None) -> Report:
         batches = None if data is None else load_batches(data)
         try:
             return audit(model, batches, name=target)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             said = in_one_line(error)
             raise ValueError(f"the model failed on a batch of {data}: {said}") from error
     if data is not None:
@@ -168,17 +169,17 @@ def _print_memory(target: str, shape: tuple[int, ...]) -> None:
     model = load_model(target)
     try:
         kept = activation_memory(model, input_like(model, shape))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
-            f"the model's forward pass failed on an input of shape {shape}: {in_one_line(error)}"
+            f"the model's forward pass failed on one tensor of shape {shape}: {in_one_line(error)}"
         ) from error
-    table = Table("kept for the backward pass", Column("MB", justify="right"), "saved", box=None)
-    table.add_row("as it is", _megabytes(kept.kept))
+    table = Table("kept for the backward pass", Column("size", justify="right"), "saved", box=None)
+    table.add_row("as it is", decimal(kept.kept))
     ways = {"after rematerialize(model)": kept.rematerialized}
     if kept.converted != kept.rematerialized:
         ways["and with this library's layers for torch.nn's"] = kept.converted
     for way, size in ways.items():
-        table.add_row(way, _megabytes(size), f"{1 - size / max(kept.kept, 1):.0%}")
+        table.add_row(way, decimal(size), f"{1 - size / kept.kept:.0%}" if kept.kept else "")
     console = Console(soft_wrap=True)
     console.print(f"{target}, {'×'.join(map(str, shape))}, training", highlight=False)
     console.print(table)
@@ -228,10 +229,10 @@ def rules(
 @app.command()
 def doctor() -> None:
     """Say which kernels run the layers on this machine, and why."""
-    table = Table(box=None, show_header=False)
-    for fact in diagnose():
-        table.add_row(fact.about, fact.finding)
-    Console(soft_wrap=True).print(table)
+    facts = diagnose()
+    width = max(len(fact.about) for fact in facts)
+    for fact in facts:  # no table, which would cut a path at the terminal's edge
+        typer.echo(f"{fact.about:{width}}  {fact.finding}")
 
 
 def _check_output(output: Path, script: Path) -> None:
@@ -244,10 +245,6 @@ def _check_output(output: Path, script: Path) -> None:
         _refuse(f"{output} is the script itself; give another path to write to")
     if not os.access(output.parent, os.W_OK):
         _refuse(f"may not write into {output.parent}; give another path")
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f}"
 
 
 def _complain(reason: str) -> None:

@@ -73,6 +73,8 @@ def _made(target: str, kind: type) -> object:
 
 def _module(name: str) -> ModuleType:
     if not name.endswith(".py"):
+        if "/" in name:
+            raise ImportError(f"a path must name a file: {name}.py")
         return importlib.import_module(name)
     path = Path(name)
     if not path.is_file():
@@ -107,5 +109,6 @@ def input_like(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
 
 
 def in_one_line(error: BaseException) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    """An exception's kind and first line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {' '.join(lines[0].split())}"

@@ -40,8 +40,11 @@ def activation_memory(model: nn.Module, *inputs: Tensor) -> ActivationMemory:
     are calls of PyTorch's own functions, for one layer of this library. The model is left in the
     mode it was in; its running statistics have taken up the inputs.
 
-    Raises what the model's forward pass raises.
+    Raises `TypeError` for a compiled model, where the compiler decides, and what the model's
+    forward pass raises.
     """
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise TypeError("activation_memory cannot see into a compiled model; pass the one before")
     modes = {module: module.training for module in model.modules()}
     counted, fused = _Counted(), _Fused()
     try:

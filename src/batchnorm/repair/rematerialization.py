@@ -8,10 +8,12 @@ same kernel and to the same bits, when the next convolution's backward pass asks
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -36,7 +38,9 @@ def rematerialize(model: nn.Module) -> Rematerialization:
     anyway: the layer's input, and its residual where it has one, which may be a recipe itself. A
     chain of residual blocks is rebuilt once, when its last output is asked for, and let go as the
     backward pass goes through it. Outputs that nobody saves, that are modified in place, or that
-    come out of a compiled region are left alone.
+    come out of a compiled region are left alone; so is a pass inside a checkpoint, other
+    `saved_tensors_hooks` or `torch.func`, which keep what they decide. Changes behind autograd's
+    back, through `.data` or NumPy, are not seen.
 
     Raises `TypeError` for what is no module.
     """
@@ -46,10 +50,35 @@ def rematerialize(model: nn.Module) -> Rematerialization:
 
 
 class _Running(threading.local):
-    """The passes that are under way in a thread, innermost last."""
+    """The passes that are under way in a thread, innermost last, each with the frame it began in.
+
+    PyTorch does not tell of a forward pass that Ctrl-C ended, or `sys.exit`: a pass whose frame
+    has left the stack is over.
+    """
 
     def __init__(self) -> None:
-        self.passes: list[Pass] = []
+        self._begun: list[tuple[FrameType, Pass | None]] = []
+
+    def begin(self, begun: Pass | None) -> None:
+        """A pass begins; or none does, in a forward pass all the same."""
+        stack = set(_frames())
+        while self._begun and self._begun[-1][0] not in stack:
+            self.end()
+        if begun is not None:
+            begun.__enter__()
+        self._begun.append((sys._getframe(2), begun))  # of the module's call
+
+    def end(self) -> None:
+        """The innermost ends, if there is one."""
+        if self._begun:
+            _, ended = self._begun.pop()
+            if ended is not None:
+                ended.__exit__(None, None, None)
+
+    def end_all(self) -> None:
+        """All end that a forward pass left behind."""
+        while self._begun:
+            self.end()
 
     def __reduce__(self) -> tuple[type[_Running], tuple[()]]:
         return _Running, ()  # a copy of the model has none under way
@@ -70,6 +99,7 @@ class Rematerialization:
         """Take the hooks off. Graphs that were recorded keep their recipes."""
         for handle in self._handles:
             handle.remove()
+        self._running.end_all()
 
     def __enter__(self) -> Rematerialization:
         return self
@@ -83,15 +113,28 @@ class Rematerialization:
         self.remove()
 
     def _begin(self, model: nn.Module, inputs: Any) -> None:
-        if torch.compiler.is_compiling():  # a compiler decides itself what to compute again
-            return
-        begun = Pass()
-        begun.__enter__()
-        self._running.passes.append(begun)
+        if not torch.compiler.is_compiling():  # a compiler decides itself what to compute again
+            self._running.begin(None if _is_taken() else Pass())
 
     def _end(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
-        if not torch.compiler.is_compiling() and self._running.passes:
-            self._running.passes.pop().__exit__(None, None, None)
+        if not torch.compiler.is_compiling():
+            self._running.end()
+
+
+def _is_taken() -> bool:
+    """Whether somebody else decides what is kept: a checkpoint around the model, say."""
+    return (
+        torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 _INGREDIENTS = ("x", "residual", "mask", "weight", "bias")  # those of a Normalization
@@ -201,6 +244,9 @@ class Pass:
     def __exit__(self, *error: Any) -> None:
         self._hooked.__exit__(*error)
         self._observed.__exit__(*error)
+        # both hold methods of this, which would keep what was noted until the next collection
+        del self._hooked, self._observed
+        self._notes.clear()
 
     def _note(self, y: Tensor, how: Normalization) -> None:
         ingredients: dict[str, _Kept | _Recipe] = {}

@@ -58,9 +58,15 @@ class Variant(NamedTuple):
 
 @cache
 def reason_without() -> str | None:
-    """Why there are no compiled kernels here; None where there are."""
-    if os.environ.get("BATCHNORM_KERNELS") == "reference":
+    """Why there are no compiled kernels here; None where there are.
+
+    Raises `ValueError` for a value of `BATCHNORM_KERNELS` that there is not.
+    """
+    wanted = os.environ.get("BATCHNORM_KERNELS", "")
+    if wanted == "reference":
         return "switched off by BATCHNORM_KERNELS=reference"
+    if wanted:
+        raise ValueError(f"BATCHNORM_KERNELS must be reference or not set, got {wanted!r}")
     try:
         import numba  # noqa: F401
     except ImportError as error:
