@@ -102,7 +102,7 @@ FOUND = [
         lambda: changed(nn.BatchNorm1d(3, track_running_stats=False), track_running_stats=True),
     ),
     ("BN117", W, lambda: trained(nn.BatchNorm1d(3, momentum=0.0))),
-    ("BN117", W, lambda: BatchNorm2d(3, momentum=0)),
+    ("BN117", W, lambda: BatchNorm2d(3, momentum=0.0)),
     ("BN117", I, lambda: changed(trained(nn.BatchNorm1d(3)), momentum=0.0)),
     ("BN118", W, lambda: nn.BatchNorm2d(3, 0.1)),
     ("BN118", W, lambda: BatchNorm1d(3, 0.99)),

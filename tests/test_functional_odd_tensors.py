@@ -149,6 +149,7 @@ def test_tensors_on_two_devices_are_named(training):
         (1, lambda own: Moments(own.count, own.mean.to("meta"), own.m2)),
     ],
 )
+@pytest.mark.as_installed
 def test_moments_that_do_not_fit_are_refused(groups, wrong):
     x = torch.randn(4, 3, 5)
     with pytest.raises(ValueError, match=r"batch\.(count|mean) must have shape"):
