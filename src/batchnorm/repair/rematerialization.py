@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
@@ -61,8 +60,7 @@ class _Running(threading.local):
 
     def begin(self, begun: Pass | None) -> None:
         """A pass begins; or none does, in a forward pass all the same."""
-        stack = set(_frames())
-        while self._begun and self._begun[-1][0] not in stack:
+        while self._begun and not _is_running(self._begun[-1][0]):
             self.end()
         if begun is not None:
             begun.__enter__()
@@ -130,11 +128,12 @@ def _is_taken() -> bool:
     )
 
 
-def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+def _is_running(frame: FrameType) -> bool:
+    """Whether a frame is on this thread's stack."""
+    current: FrameType | None = sys._getframe(1)
+    while current is not None and current is not frame:
+        current = current.f_back
+    return current is not None
 
 
 _INGREDIENTS = ("x", "residual", "mask", "weight", "bias")  # those of a Normalization
