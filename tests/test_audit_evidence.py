@@ -85,6 +85,26 @@ def test_it_holds_the_moments_of_what_each_layer_is_given(seeded):
     assert norm.running[0].tolist() == [3.0] * 4
 
 
+def test_what_it_holds_is_its_own(seeded):
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = BatchNorm1d(3, dtype=torch.float64)
+
+        def forward(self, x):
+            y = self.norm(x)
+            x.zero_()
+            return y
+
+    model, batches = InPlace(), list(torch.randn(4, 8, 3, dtype=torch.float64))
+    want = [batch.clone() for batch in batches]
+    (norm,) = gather(model, batches).layers
+    model.norm.running_mean.fill_(7.0)
+    assert norm.running is not None
+    assert norm.running[0].tolist() == [0.0] * 3
+    assert all(map(torch.equal, norm.sample_means, want))
+
+
 @pytest.mark.parametrize(
     "wrap",
     [

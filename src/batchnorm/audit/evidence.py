@@ -75,7 +75,7 @@ def gather(
         x = inputs[0]
         if layer not in seen:
             seen[layer] = LayerEvidence(names[layer], layer, before[layer], not layer.training)
-        x = x.double().cpu()
+        x = _copy(x)  # the model may go on to change it in place
         seen[layer].batches.append(Moments.of(x, (0, *range(2, x.ndim))))
         seen[layer].sample_means.append(x.flatten(2).mean(2) if x.ndim > 2 else x)
 
@@ -174,4 +174,8 @@ def _output(result: Any) -> Tensor | None:
 
 def _copies(mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """Of running statistics, on the CPU in float64, as moments are compared."""
-    return None if mean is None or var is None else (mean.double().cpu(), var.double().cpu())
+    return None if mean is None or var is None else (_copy(mean), _copy(var))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", torch.float64, copy=True)
