@@ -222,6 +222,22 @@ def add_segments(a, partial, total, group):
             total[to + c] = before + partial[at + c]
 
 
+@inlined
+def leave_sums(arguments, a, room, first, last, at):
+    """Leave a task's sums for the others; true for the last, which adds the segments of all."""
+    totals = span(a.partial_first, np.float64, "partial")
+    projections = span(a.partial_second, np.float64, "partial")
+    for i in range(last - first):
+        totals[at + i] = room.first[i]
+        projections[at + i] = room.second[i]
+    if claim(arguments, FINISHED) < a.tasks - 1:
+        return False
+    for group in range(a.groups):
+        add_segments(a, totals, span(a.total, np.float64, "per channel"), group)
+        add_segments(a, projections, span(a.projection, np.float64, "per channel"), group)
+    return True
+
+
 def forward(arguments):
     """Mean, m2 and y, or y alone where the mean and m2 are known."""
     a = carray(arguments, 1)[0]
@@ -243,13 +259,9 @@ def forward(arguments):
 
 
 def backward_reduce(arguments):
-    """Σg and Σg·(x − center) of every channel; the thread that ends last adds the segments."""
+    """Σg and Σg·(x − center) of every channel."""
     a = carray(arguments, 1)[0]
     t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), a.pitch, COMPUTE)
-    totals = span(a.partial_first, np.float64, "partial")
-    projections = span(a.partial_second, np.float64, "partial")
-    total = span(a.total, np.float64, "per channel")
-    projection = span(a.projection, np.float64, "per channel")
     ready = NOTHING
     while True:
         number = claim(arguments, NEXT)
@@ -260,13 +272,7 @@ def backward_reduce(arguments):
             ready = number // a.segments
             find_coefficients(a, room, group, first, last, COMPUTE)
         BACKWARD_REDUCE(a, t, room, group, first, last, unit, stop)
-        for i in range(last - first):
-            totals[at + i] = room.first[i]
-            projections[at + i] = room.second[i]
-        if claim(arguments, FINISHED) == a.tasks - 1:
-            for group in range(a.groups):
-                add_segments(a, totals, total, group)
-                add_segments(a, projections, projection, group)
+        leave_sums(arguments, a, room, first, last, at)
 
 
 def backward_apply(arguments):
@@ -323,10 +329,6 @@ def backward_frozen(arguments):
     """dx, dγ and dβ in one sweep, where the moments are constants."""
     a = carray(arguments, 1)[0]
     t, room = tensors(a, STORAGE), rooms(scratch(np.float64, ROOM_SIZE), a.pitch, COMPUTE)
-    totals = span(a.partial_first, np.float64, "partial")
-    projections = span(a.partial_second, np.float64, "partial")
-    total = span(a.total, np.float64, "per channel")
-    projection = span(a.projection, np.float64, "per channel")
     ready = NOTHING
     while True:
         number = claim(arguments, NEXT)
@@ -337,13 +339,7 @@ def backward_frozen(arguments):
             ready = number // a.segments
             find_coefficients(a, room, group, first, last, COMPUTE)
         BACKWARD_FROZEN(a, t, room, group, first, last, unit, stop)
-        for i in range(last - first):
-            totals[at + i] = room.first[i]
-            projections[at + i] = room.second[i]
-        if claim(arguments, FINISHED) == a.tasks - 1:
-            for group in range(a.groups):
-                add_segments(a, totals, total, group)
-                add_segments(a, projections, projection, group)
+        if leave_sums(arguments, a, room, first, last, at):
             for first in range(0, a.channels, a.block):
                 last = min(first + a.block, a.channels)
                 for i in range(last - first):
