@@ -94,6 +94,9 @@ def test_json_holds_everything_under_a_version():
         "rules": ["BN103", "BN108", "BN109"],
         "disabled": {"BN103": "KeyError: 1"},
         "subject": None,
+        "graph": None,
+        "profiles": [],
+        "timeline": [],
     }
 
 
@@ -105,7 +108,9 @@ def test_a_report_comes_back_from_its_json():
         Finding(**{**f, "severity": Severity(f["severity"]), "modules": tuple(f["modules"])})
         for f in data.pop("findings")
     )
-    assert Report(findings, rules=tuple(data.pop("rules")), **data) == it
+    for name in ("rules", "profiles", "timeline"):
+        data[name] = tuple(data[name])
+    assert Report(findings, **data) == it
 
 
 def test_json_ends_its_last_line():

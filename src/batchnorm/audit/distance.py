@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,8 @@ LARGEST_SHIFT = 0.5  # of a standard deviation
 LARGEST_STRETCH = 1.5  # of the standard deviation, either way
 
 
-class Distance(NamedTuple):
+@dataclass(frozen=True)
+class Distance:
     """How far running statistics are from the batches', root mean square over channels.
 
     `shift` is in standard deviations of the batches; `stretch` is the ratio of the standard

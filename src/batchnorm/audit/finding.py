@@ -6,6 +6,8 @@ from collections.abc import Sized
 from dataclasses import dataclass, field
 from enum import Enum
 
+from batchnorm.audit.profile import LayerProfile, Period
+
 __all__ = ["Finding", "Report", "Severity", "in_layers"]
 
 
@@ -52,6 +54,9 @@ class Report:
     - `rules`: codes of the rules that looked.
     - `disabled`: rules that raised and were switched off, with the reason.
     - `subject`: the checkpoints or the model that were checked; None for a watched run.
+    - `graph`: what read the model's graph for the rules that need one, such as `torch.fx`.
+    - `profiles`: what was measured of each layer, in the order of their first calls.
+    - `timeline`: a watched run's modes, in the order in which they came.
     """
 
     findings: tuple[Finding, ...]
@@ -60,6 +65,9 @@ class Report:
     rules: tuple[str, ...]
     disabled: dict[str, str] = field(default_factory=dict)
     subject: str | None = None
+    graph: str | None = None
+    profiles: tuple[LayerProfile, ...] = ()
+    timeline: tuple[Period, ...] = ()
 
     @property
     def is_clean(self) -> bool:

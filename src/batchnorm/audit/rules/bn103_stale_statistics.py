@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -135,7 +135,7 @@ class StaleStatistics(Rule):
                 modules=(path,),
                 fix="torch.optim.swa_utils.update_bn(loader, model) before evaluating; then a "
                 "larger momentum",
-                **d._asdict(),
+                **asdict(d),
             )
 
 
