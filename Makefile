@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean
+.PHONY: help browser demo test check format bench clean
 
 help:  ## Show the targets.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -24,7 +24,14 @@ check: .venv/installed  ## Lint, types, and the floors' imports.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check  ## All checks and tests.
+# the HTML report is tested in a browser; without one those tests are skipped, and say so
+browser:
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || { \
+	  root=$$([ "$$(id -u)" = 0 ] || echo sudo -n); \
+	  $$root apt-get update -qq && $$root apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	} || echo "No Chromium here, and none could be installed: the HTML report's browser tests are skipped."
+
+test: check browser  ## All checks and tests.
 	$(BIN)/pytest --numprocesses auto -m "not as_installed" --jaxtyping-packages=batchnorm,beartype.beartype
 	$(BIN)/pytest --numprocesses auto -m as_installed
 
