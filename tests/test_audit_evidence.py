@@ -11,7 +11,7 @@ from torch import nn
 
 from batchnorm import BatchNorm1d, BatchNorm2d
 from batchnorm.audit import audit
-from batchnorm.audit.evidence import gather
+from batchnorm.audit.gathering import gather
 
 
 class Net(nn.Module):
@@ -71,7 +71,7 @@ def test_it_holds_the_moments_of_what_each_layer_is_given(seeded):
     assert (evidence.batches, evidence.uncalled) == (4, [])
     norm, head = evidence.layers
     with torch.no_grad():
-        for batch, own, means in zip(batches, norm.batches, norm.sample_means, strict=True):
+        for batch, own, means in zip(batches, norm.batches, evidence.samples, strict=True):
             x = model.conv(batch).double().numpy()
             np.testing.assert_allclose(own.mean, x.mean((0, 2, 3)), atol=1e-6)
             np.testing.assert_allclose(own.var(), x.var((0, 2, 3)), atol=1e-6)
@@ -98,11 +98,12 @@ def test_what_it_holds_is_its_own(seeded):
 
     model, batches = InPlace(), list(torch.randn(4, 8, 3, dtype=torch.float64))
     want = [batch.clone() for batch in batches]
-    (norm,) = gather(model, batches).layers
+    evidence = gather(model, batches)
+    (norm,) = evidence.layers
     model.norm.running_mean.fill_(7.0)
     assert norm.running is not None
     assert norm.running[0].tolist() == [0.0] * 3
-    assert all(map(torch.equal, norm.sample_means, want))
+    assert all(map(torch.equal, evidence.samples, want))
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from batchnorm import BatchNorm1d, BatchNorm2d, Ghost, Moments, Running
 from batchnorm.audit import Finding, Probe, Severity
 from batchnorm.audit.distance import Distance, distance
-from batchnorm.audit.rules.bn103_stale_statistics import (
-    EVERY,
-    FEWEST,
-    KEPT,
-    StaleStatistics,
-)
+from batchnorm.audit.history import EVERY, KEPT
+from batchnorm.audit.noise import FEWEST
+from batchnorm.audit.rules.bn103_stale_statistics import StaleStatistics
 
 BOTH = pytest.mark.parametrize("norm", [nn.BatchNorm1d, BatchNorm1d], ids=["torch", "ours"])
 ENOUGH = EVERY * KEPT + EVERY  # passes after which every batch kept is a late one

@@ -19,8 +19,11 @@ TorchBatchNorm = nn.modules.batchnorm._BatchNorm
 class Call:
     """A call of `layer`, which is the probe's `number`th and lies at `path` in its model.
 
-    - `input`: where it came by position; PyTorch shows global hooks nothing else.
+    - `input`: where it came by position; PyTorch shows global hooks nothing else, and of a
+      compiled layer not even that.
     - `has_gradients`: whether autograd was recording.
+    - `root`: the model.
+    - `output`: after the pass.
     - `notes`: what a rule puts down under its code before the pass, to read it after the pass.
     """
 
@@ -29,7 +32,9 @@ class Call:
     path: str
     input: Tensor | None
     has_gradients: bool
+    root: nn.Module
     notes: dict[str, Any] = field(default_factory=dict)
+    output: Tensor | None = None
     tracks: bool = field(init=False)
     """Whether the layer moves its running statistics in this call."""
 

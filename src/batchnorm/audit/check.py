@@ -4,26 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
-import torch
 from torch import nn
+from torch.export import ExportedProgram
 
-from batchnorm.audit.evidence import Evidence, Forward, gather
+from batchnorm.audit.calling import Forward
+from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Report
+from batchnorm.audit.gathering import LIMIT, Loss, Mask, gather
+from batchnorm.audit.graph import Graph
+from batchnorm.audit.judge import Look, evidence_for, judge, state_for
+from batchnorm.audit.profiling import profiles_of
 from batchnorm.audit.rule import Rule
 from batchnorm.audit.rules import RULES
+from batchnorm.audit.selection import Selection
 from batchnorm.audit.state import State, state_of
+from batchnorm.audit.tracing import graph_of
 
 __all__ = ["audit", "check"]
 
 
 def audit(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     batches: Iterable[Any] | None = None,
     *,
     forward: Forward | None = None,
+    loss: Loss | None = None,
+    mask: Mask | None = None,
+    deploy: Iterable[Any] | None = None,
+    reference: nn.Module | State | None = None,
     rules: Iterable[type[Rule]] = RULES,
+    selection: Selection | None = None,
     name: str | None = None,
 ) -> Report:
     """Look at a model, and at what batches do in it; the model is left exactly as it was.
@@ -31,13 +45,21 @@ def audit(
     ```python
     audit(model).findings                        # what its layers alone tell
     audit(model, loader)                         # and what they are given in training mode
+    audit(model, loader, loss=label_loss)        # and what that does to the loss
     audit(model, loader, forward=lambda model, batch: model(batch["image"], batch["age"]))
+    audit(model, loader, deploy=other_loader)    # and whether that is what they will be given
     ```
 
+    - `model`: a program that `torch.export` made is looked at for its operations.
     - `batches`: tensors, tuples (of which the first entry is the input), dictionaries or
       dataclasses (whose entries are the model's arguments by name); up to 32 are looked at.
     - `forward(model, batch)`: how to call the model, where that does not fit.
+    - `loss(output, batch)`: how wrong an answer is; `label_loss` for labels.
+    - `mask(batch)`: where a batch holds data and no padding, (n, *positions), true for data.
+    - `deploy`: batches as the model will be given them where it is used.
+    - `reference`: what the weights came from, for the rules that compare.
     - `rules`: those that look; by default all that look at a model or at batches.
+    - `selection`: what of that to report; see `Selection`.
     - `name`: what the report calls the model; by default its class.
 
     Modes of every module, buffers, random state, hooks and gradients are what they were, also
@@ -45,52 +67,89 @@ def audit(
 
     Raises what the model raises, and `ValueError` for an iterable without batches.
     """
-    state = state_of(model, name or type(model).__name__)
-    evidence = None if batches is None else gather(model, batches, forward)
-    return check([state], rules, evidence)
+    name = name or type(model).__name__
+    if isinstance(model, ExportedProgram):
+        model = model.module()
+    first: Any = None
+    evidence = None
+    if batches is not None:
+        batches = list(islice(batches, LIMIT))
+        first = batches[0] if batches else None
+        evidence = gather(model, batches, forward, loss=loss, mask=mask, deploy=deploy)
+    elif deploy is not None or loss is not None or mask is not None:
+        raise ValueError("`deploy`, `loss` and `mask` need batches to look at; got none")
+    if isinstance(reference, nn.Module):
+        reference = state_of(reference, type(reference).__name__)
+    rules = list(rules)
+    needs_graph = any(rule.read is not Rule.read for rule in rules)
+    graph = graph_of(model, first, forward) if needs_graph else None
+    return check(
+        [state_of(model, name)],
+        rules,
+        evidence,
+        reference=reference,
+        graphs=[] if graph is None else [graph],
+        selection=selection,
+    )
 
 
 def check(
     states: Iterable[State],
     rules: Iterable[type[Rule]] = RULES,
     evidence: Evidence | None = None,
+    *,
+    reference: State | None = None,
+    graphs: Iterable[Graph] = (),
+    selection: Selection | None = None,
 ) -> Report:
-    """What the rules find in these states and in the evidence, worst first."""
-    states, rules = list(states), list(rules)
-    findings: list[Finding] = []
-    disabled: dict[str, str] = {}
-    looked = []
+    """What the rules find in these states, in their graphs and in the evidence, worst first."""
+    states, graphs = list(states), list(graphs)
+    selection = selection or Selection()
+    looks: list[Look] = []
     for kind in rules:
-        rule = kind()
-        looks: list[Callable[[], Iterable[Finding]]] = []
-        if kind.examine is not Rule.examine:
-            looks.append(lambda rule=rule: _examined(rule, states))  # type: ignore[misc]
-        if kind.weigh is not Rule.weigh and evidence is not None:
-            looks.append(lambda rule=rule: rule.weigh(evidence))  # type: ignore[misc]
-        if looks:
-            looked.append(rule.code)
-        try:
-            with torch.no_grad():
-                for look in looks:
-                    findings.extend(look())
-        except Exception as error:
-            disabled[rule.code] = f"{type(error).__name__}: {error}"
-    findings.sort(key=lambda f: (f.severity.rank, f.code, f.modules))
+        if selection.looks(kind.code):
+            looks.extend(_looks(kind(), states, evidence, reference, graphs, selection))
+    disabled: dict[str, str] = {}
+    findings = tuple(judge(looks, selection, disabled))
     return Report(
-        tuple(findings),
+        findings,
         layers=sum(len(state.layers) for state in states),
         calls=0 if evidence is None else evidence.batches,
-        rules=tuple(looked),
+        rules=tuple(dict.fromkeys(rule.code for rule, _ in looks)),
         disabled=disabled,
         subject=", ".join(state.name for state in states),
+        graph=", ".join(dict.fromkeys(graph.read_by for graph in graphs)) or None,
+        profiles=() if evidence is None else profiles_of(evidence),
     )
 
 
-def _examined(rule: Rule, states: list[State]) -> Iterator[Finding]:
-    """The rule's findings, with the state's name before each layer's where there are several."""
+def _looks(
+    rule: Rule,
+    states: list[State],
+    evidence: Evidence | None,
+    reference: State | None,
+    graphs: list[Graph],
+    selection: Selection,
+) -> Iterator[Look]:
+    """The ways in which a rule can look at what there is."""
+    kind, code = type(rule), rule.code
     for state in states:
-        for finding in rule.examine(state):
-            if len(states) > 1:
-                modules = tuple(f"{state.name}: {path}" for path in finding.modules)
-                finding = replace(finding, modules=modules)
-            yield finding
+        seen = state_for(code, state, selection)
+        prefix = f"{state.name}: " if len(states) > 1 else ""
+        if kind.examine is not Rule.examine:
+            yield rule, partial(_named, prefix, rule.examine, seen)
+        if kind.compare is not Rule.compare and reference is not None:
+            yield rule, partial(_named, prefix, rule.compare, seen, reference)
+    if kind.read is not Rule.read:
+        for graph in graphs:
+            yield rule, partial(rule.read, graph)
+    if kind.weigh is not Rule.weigh and evidence is not None:
+        yield rule, partial(rule.weigh, evidence_for(code, evidence, selection))
+
+
+def _named(
+    prefix: str, look: Callable[..., Iterable[Finding]], *states: State
+) -> Iterator[Finding]:
+    """With the state's name before each layer's, where there are several states."""
+    for finding in look(*states):
+        yield replace(finding, modules=tuple(prefix + path for path in finding.modules))

@@ -34,6 +34,7 @@ class Finding:
     - `place`: `file:line` in the user's code, where that is known.
     - `fix`: what to write or call.
     - `numbers`: the measurements by name, for programs.
+    - `is_guess`: whether it may well be meant; guesses are told to those who ask for the rule.
     """
 
     code: str
@@ -44,6 +45,7 @@ class Finding:
     place: str | None = None
     numbers: dict[str, float] = field(default_factory=dict)
     name: str = ""
+    is_guess: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,52 @@ from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-__all__ = ["calling_place", "displayed", "is_inside", "is_inside_autograd_function", "root_module"]
+__all__ = [
+    "calling_place",
+    "displayed",
+    "is_inside",
+    "is_inside_autograd_function",
+    "root_call",
+    "root_module",
+    "trail",
+]
 
 _MODULE_CALL = nn.Module._call_impl.__code__
 
 
 def root_module() -> nn.Module | None:
     """The outermost module that is being called."""
-    root: nn.Module | None = None
+    return root_call()[0]
+
+
+def root_call() -> tuple[nn.Module | None, Tensor | None]:
+    """The outermost module that is being called, and the first tensor that it was given."""
+    outermost: FrameType | None = None
     for frame in _frames():
         if frame.f_code is _MODULE_CALL:
-            root = frame.f_locals["self"]
-    return root
+            outermost = frame
+    if outermost is None:
+        return None, None
+    variables = outermost.f_locals
+    given = (*variables["args"], *variables["kwargs"].values())
+    return variables["self"], next((x for x in given if isinstance(x, Tensor)), None)
+
+
+def trail() -> str:
+    """`file:line` of each frame of the user's code, the outermost first: where a call comes from.
+
+    `train.py:12 > net.py:30`; calls from other lines have another one.
+    """
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    names = [
+        f"{_displayed(frame.f_code.co_filename)}:{frame.f_lineno}"
+        for frame in _frames()
+        if frame.f_code.co_filename == script or not _is_library(frame.f_code.co_filename)
+    ]
+    return " > ".join(reversed(names))
 
 
 def calling_place() -> str | None:
@@ -66,6 +97,11 @@ def displayed(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+@lru_cache(maxsize=4096)
+def _displayed(filename: str) -> str:
+    return displayed(Path(filename))
 
 
 def _frames() -> Iterator[FrameType]:

@@ -10,25 +10,33 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from batchnorm.audit.call import Call, TorchBatchNorm
-from batchnorm.audit.finding import Finding, Report
+from batchnorm.audit.finding import Report
+from batchnorm.audit.history import History
+from batchnorm.audit.judge import Look, evidence_for, judge
 from batchnorm.audit.place import root_module
+from batchnorm.audit.profiling import profiles_of
 from batchnorm.audit.rule import Rule
 from batchnorm.audit.rules import RULES
+from batchnorm.audit.selection import Selection
 
-__all__ = ["Probe"]
+__all__ = ["Probe", "watch"]
 
 _COMPILE_WARNING = "Using `torch.compile.module.` when there are global hooks"
 
@@ -42,18 +50,31 @@ class Probe:
     probe.report().findings
     ```
 
-    `torch.nn`'s layers and this library's are watched alike. Compiled and traced models are left
-    alone, and not seen.
+    `torch.nn`'s layers and this library's are watched alike. A compiled model's layers are seen
+    by what its passes did to their running statistics, where the model was compiled by
+    `torch.compile(model)`; what is compiled in other ways, and traced models, are not seen.
+
+    - `rules`: those that look.
+    - `selection`: what of that to report.
+    - `model`: watch its layers alone, and name them as it does.
     """
 
-    def __init__(self, rules: Iterable[type[Rule]] = RULES) -> None:
-        self._rules = [rule() for rule in rules if _listens(rule)]
-        self._active = list(self._rules)
-        self._listeners = _listeners(self._active)
+    def __init__(
+        self,
+        rules: Iterable[type[Rule]] = RULES,
+        selection: Selection | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
+        self._selection = selection or Selection()
+        chosen = [rule() for rule in rules if self._selection.looks(rule.code)]
+        self._rules = [rule for rule in chosen if _listens(rule) or _weighs(rule)]
+        self._entering = [r for r in self._rules if type(r).entering is not Rule.entering]
         self._disabled: dict[str, str] = {}
+        self._history = History() if any(map(_weighs, self._rules)) else None
         self._watched: dict[int, _Watched] = {}  # by id; an entry goes when its layer does
         self._models: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self._names: Counter[str] = Counter()
+        self._only = model
         self._layers = 0
         self._calls = 0
         self._handles: list[RemovableHandle] = []
@@ -63,6 +84,8 @@ class Probe:
             register_module_forward_pre_hook(self._before),
             register_module_forward_hook(self._after),
         ]
+        if self._history is not None:
+            self._handles.append(register_optimizer_step_post_hook(self._stepped))
         # torch.compile warns of global hooks; the script's author did not put them there
         warnings.filterwarnings("ignore", _COMPILE_WARNING)
         return self
@@ -79,59 +102,114 @@ class Probe:
 
     def report(self) -> Report:
         """What the rules found up to now, worst first."""
-        findings: list[Finding] = []
-        for rule in tuple(self._active):
-            try:
-                findings.extend(rule.findings())
-            except Exception as error:
-                self._disable(rule, error)
-        findings.sort(key=lambda f: (f.severity.rank, f.code, f.modules))
+        history, evidence = self._history, None
+        if history is not None:
+            with torch.no_grad():
+                evidence = history.evidence(self._uncalled())
+        looks: list[Look] = []
+        for rule in self._rules:
+            if rule.code in self._disabled:
+                continue
+            if _listens(rule):
+                looks.append((rule, rule.findings))
+            if _weighs(rule) and evidence is not None:
+                seen = evidence_for(rule.code, evidence, self._selection)
+                looks.append((rule, partial(rule.weigh, seen)))
         return Report(
-            tuple(findings),
+            tuple(judge(looks, self._selection, self._disabled)),
             layers=self._layers,
             calls=self._calls,
             rules=tuple(rule.code for rule in self._rules),
             disabled=dict(self._disabled),
+            subject=None if self._only is None else type(self._only).__name__,
+            profiles=() if evidence is None else profiles_of(evidence),
+            timeline=() if history is None else history.timeline(),
         )
 
     def _before(self, module: nn.Module, inputs: object) -> None:
-        if not isinstance(module, TorchBatchNorm) or _is_traced():
+        if not isinstance(module, _SEEN) or _is_traced():
             return
-        watched = self._watched.get(id(module)) or self._watch(module)
+        if isinstance(module, TorchBatchNorm):
+            x = inputs[0] if isinstance(inputs, tuple) and inputs else None
+            self._begin(module, x if isinstance(x, torch.Tensor) else None)
+        elif isinstance(module, OptimizedModule):
+            for layer in _layers_of(module):
+                if layer.training or layer.running_mean is not None:
+                    self._begin(layer, None)
+        else:
+            for rule in self._entering:
+                try:
+                    rule.entering(module)
+                except Exception as error:
+                    self._disable(rule, error)
+
+    def _begin(self, layer: TorchBatchNorm, x: torch.Tensor | None) -> None:
+        watched = self._watched.get(id(layer)) or self._watch(layer)
         if watched is None:
             return
         self._calls += 1
-        x = inputs[0] if isinstance(inputs, tuple) and inputs else None
+        if x is not None and watched.call is not None and watched.call.input is None:
+            watched.call.input = x  # a compiled model's layer, which runs uncompiled
+            return
+        root = watched.root()
         call = watched.call = Call(
-            module,
+            layer,
             watched.number,
             watched.path,
-            x if isinstance(x, torch.Tensor) else None,
+            x,
             torch.is_grad_enabled(),
+            layer if root is None else root,
         )
-        self._tell(self._listeners[0], call)
+        self._tell(watched.befores, call)
 
     def _after(self, module: nn.Module, inputs: object, output: object) -> None:
-        if not isinstance(module, TorchBatchNorm):
+        if not isinstance(module, _SEEN) or _is_traced():
             return
+        if isinstance(module, TorchBatchNorm):
+            self._end(module, output)
+        elif isinstance(module, OptimizedModule):
+            for layer in _layers_of(module):
+                self._end(layer, None)
+
+    def _end(self, layer: TorchBatchNorm, output: object) -> None:
         # only where the rules saw the beginning: a lazy layer comes into being in between
-        watched = self._watched.get(id(module))
+        watched = self._watched.get(id(layer))
         if watched is None or watched.call is None:
             return
         call, watched.call = watched.call, None
-        self._tell(self._listeners[1], call)
+        call.output = output if isinstance(output, torch.Tensor) else None
+        self._tell(watched.afters, call)
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if self._history is not None:
+            try:
+                self._history.stepped(optimizer)
+            except Exception as error:
+                self._disable(self._history, error)
 
     def _tell(self, listeners: list[_Listener], call: Call) -> None:
         # as torch.no_grad() does, at a fraction of its price: this runs in every pass
         torch._C._set_grad_enabled(False)
         try:
-            for rule, hear in listeners:
+            for owner, hear in listeners:
                 try:
                     hear(call)
                 except Exception as error:
-                    self._disable(rule, error)
+                    self._disable(owner, error)
         finally:
             torch._C._set_grad_enabled(call.has_gradients)
+
+    def _disable(self, owner: Rule | History, error: Exception) -> None:
+        """Go on without a rule that failed; without the history, without those that weigh it."""
+        lost = [r for r in self._rules if r is owner or (owner is self._history and _weighs(r))]
+        for rule in lost:
+            self._disabled[rule.code] = f"{type(error).__name__}: {error}"
+        if owner is self._history:
+            self._history = None
+        for watched in self._watched.values():
+            watched.befores = [each for each in watched.befores if each[0] is not owner]
+            watched.afters = [each for each in watched.afters if each[0] is not owner]
+        self._entering = [rule for rule in self._entering if rule is not owner]
 
     def _watch(self, layer: TorchBatchNorm) -> _Watched | None:
         """Begin with a layer at its first call, unless it is a passing or an unborn one."""
@@ -139,16 +217,33 @@ class Probe:
         # nn.DataParallel makes new replicas at every step
         if lazy or getattr(layer, "_is_replica", False):
             return None
+        if self._only is not None and all(m is not layer for m in self._only.modules()):
+            return None
         key = id(layer)
+        root = root_module() if self._only is None else self._only
+        root = layer if root is None else getattr(root, "_orig_mod", root)
+        path = self._path(layer, root)
+        owners: list[Rule | History] = [
+            rule
+            for rule in self._rules
+            if rule.code not in self._disabled and not self._selection.ignores(rule.code, path)
+        ]
+        if self._history is not None:
+            owners.append(self._history)
         # weak: watching must not keep a model alive
-        reference = ref(layer, lambda _: self._watched.pop(key, None))
-        watched = self._watched[key] = _Watched(reference, self._layers, self._path(layer))
+        watched = self._watched[key] = _Watched(
+            ref(layer, lambda _: self._watched.pop(key, None)),
+            ref(root),
+            self._layers,
+            path,
+            [(each, each.before) for each in owners if type(each).before is not Rule.before],
+            [(each, each.after) for each in owners if type(each).after is not Rule.after],
+        )
         self._layers += 1
         return watched
 
-    def _path(self, layer: TorchBatchNorm) -> str:
+    def _path(self, layer: TorchBatchNorm, root: nn.Module) -> str:
         """`ResNet.layer1.0.bn2`; of a second model of the class, `ResNet#2.layer1.0.bn2`."""
-        root = root_module() or layer
         if root not in self._models:
             name = type(root).__name__
             self._names[name] += 1
@@ -157,36 +252,67 @@ class Probe:
         modules = root.named_modules(prefix=self._models[root])
         return next((name for name, m in modules if m is layer), type(layer).__name__)
 
-    def _disable(self, rule: Rule, error: Exception) -> None:
-        self._disabled[rule.code] = f"{type(error).__name__}: {error}"
-        self._active = [r for r in self._active if r is not rule]
-        self._listeners = _listeners(self._active)
+    def _uncalled(self) -> list[str]:
+        """Layers of models that were called, which were not."""
+        found: dict[int, str] = {}
+        for root, name in self._models.items():
+            for path, module in root.named_modules(prefix=name):
+                if isinstance(module, TorchBatchNorm) and id(module) not in self._watched:
+                    found.setdefault(id(module), path)
+        return list(found.values())
 
 
 @dataclass
 class _Watched:
-    """A layer's number and path, and the call of it that is under way."""
+    """A layer's number and path, who listens to it, and the call of it that is under way."""
 
     layer: ref[TorchBatchNorm]
+    root: ref[nn.Module]
     number: int
     path: str
+    befores: list[_Listener]
+    afters: list[_Listener]
     call: Call | None = None
 
 
-_Listener = tuple[Rule, Callable[[Call], None]]
+_Listener = tuple["Rule | History", Callable[[Call], None]]
 
 
-def _listens(rule: type[Rule]) -> bool:
-    """Whether a rule looks at a training run."""
-    return rule.findings is not Rule.findings
+def watch(
+    model: nn.Module,
+    *,
+    rules: Iterable[type[Rule]] = RULES,
+    selection: Selection | None = None,
+) -> Probe:
+    """Watch a model train; the probe's `report()` says what was found.
+
+    ```python
+    with watch(model) as probe:
+        train(model)
+    print(probe.report().findings)
+    ```
+
+    - `rules`: those that look; by default all that look at a training run.
+    - `selection`: what of that to report; see `Selection`.
+    """
+    return Probe(rules, selection, getattr(model, "_orig_mod", model))
 
 
-def _listeners(rules: list[Rule]) -> tuple[list[_Listener], list[_Listener]]:
-    """Who listens before a pass and who after it: the rules that say anything there."""
-    return (
-        [(r, r.before) for r in rules if type(r).before is not Rule.before],
-        [(r, r.after) for r in rules if type(r).after is not Rule.after],
-    )
+_SEEN = (TorchBatchNorm, OptimizedModule, DistributedDataParallel)
+
+
+def _layers_of(model: nn.Module) -> list[TorchBatchNorm]:
+    return [module for module in model.modules() if isinstance(module, TorchBatchNorm)]
+
+
+def _listens(rule: Rule) -> bool:
+    """Whether a rule hears of every call."""
+    return type(rule).findings is not Rule.findings
+
+
+def _weighs(rule: Rule) -> bool:
+    """Whether a rule looks at what is remembered of a run."""
+    return type(rule).weigh is not Rule.weigh
 
 
 def _is_traced() -> bool:

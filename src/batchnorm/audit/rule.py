@@ -6,9 +6,12 @@ import inspect
 from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
+from torch.nn.parallel import DistributedDataParallel
+
 from batchnorm.audit.call import Call
 from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Severity
+from batchnorm.audit.graph import Graph
 from batchnorm.audit.state import State
 
 __all__ = ["Rule"]
@@ -23,7 +26,9 @@ class Rule:
     A rule that looks at a training run has `before` and `after`, which are called around every
     forward pass of a batch norm layer, must change nothing and should cost next to nothing, and
     `findings` for the end. A rule that looks at what lies still, a checkpoint or a model, has
-    `examine`; one that looks at what batches do in a model has `weigh`.
+    `examine`, and `compare` where there is another to compare it with; one that looks at the order
+    of a model's operations has `read`. One that looks at layers at work, in batches or in a
+    training run, has `weigh`.
     """
 
     code: ClassVar[str]
@@ -43,10 +48,16 @@ class Rule:
         fix: str,
         *,
         place: str | None = None,
+        is_guess: bool = False,
         **numbers: float,
     ) -> Finding:
         """A finding of this rule; see `Finding`."""
-        return Finding(self.code, severity, message, tuple(modules), fix, place, numbers, self.name)
+        return Finding(
+            self.code, severity, message, tuple(modules), fix, place, numbers, self.name, is_guess
+        )
+
+    def entering(self, model: DistributedDataParallel) -> None:
+        """See a distributed model before it passes a batch on to the one that it wraps."""
 
     def before(self, call: Call) -> None:
         """See a call before the layer computes."""
@@ -62,6 +73,14 @@ class Rule:
         """What is found in a checkpoint or a model."""
         yield from ()
 
+    def compare(self, state: State, reference: State) -> Iterator[Finding]:
+        """What is found in a checkpoint or a model beside its reference."""
+        yield from ()
+
+    def read(self, graph: Graph) -> Iterator[Finding]:
+        """What is found in the order of a model's operations."""
+        yield from ()
+
     def weigh(self, evidence: Evidence) -> Iterator[Finding]:
-        """What is found in what batches did in a model."""
+        """What is found in what layers were given."""
         yield from ()

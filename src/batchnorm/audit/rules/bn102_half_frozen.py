@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Severity, in_layers
 from batchnorm.audit.rule import Rule
 from batchnorm.audit.state import LayerState, State
@@ -11,6 +12,8 @@ from batchnorm.layers import BatchNorm
 from batchnorm.statistics import Running
 
 __all__ = ["HalfFrozen"]
+
+_FIX = "layer.freeze(), or .eval() on the frozen part after every model.train()"
 
 
 class HalfFrozen(Rule):
@@ -40,7 +43,9 @@ class HalfFrozen(Rule):
 
     When the statistics are meant to follow the new data under fixed weights
     (lightly-ai/lightly#1438 does so on purpose), and in a model that is put into `eval()` before
-    it runs. `batchnorm check` sees a model as it was made, which is in training mode.
+    it runs. `batchnorm check` sees a model as it was made, which is in training mode. A
+    discriminator whose parameters are frozen while the generator learns is not reported in a
+    run, since at other times they learn.
 
     ## Evidence
 
@@ -49,7 +54,7 @@ class HalfFrozen(Rule):
 
     code = "BN102"
     name = "frozen parameters, moving statistics"
-    looks_at = "a model"
+    looks_at = "a model or a training run"
 
     def examine(self, state: State) -> Iterator[Finding]:
         """One finding for all layers."""
@@ -59,7 +64,19 @@ class HalfFrozen(Rule):
                 Severity.WARNING,
                 f"γ and β frozen, running statistics moving in training, {in_layers(paths)}",
                 paths,
-                "layer.freeze(), or .eval() on the frozen part after every model.train()",
+                _FIX,
+                layers=float(len(paths)),
+            )
+
+    def weigh(self, evidence: Evidence) -> Iterator[Finding]:
+        """One finding for all layers that moved in a run and never had a gradient to get."""
+        paths = [layer.path for layer in evidence.layers if not layer.learns]
+        if paths and evidence.is_run:
+            yield self.found(
+                Severity.WARNING,
+                f"γ and β frozen throughout, running statistics moving, {in_layers(paths)}",
+                paths,
+                _FIX,
                 layers=float(len(paths)),
             )
 

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from dataclasses import asdict
+from statistics import fmean
 
-import torch
-from torch import Tensor
-
-from batchnorm.audit.call import Call, TorchBatchNorm
-from batchnorm.audit.distance import Distance, distance
-from batchnorm.audit.evidence import Evidence
+from batchnorm.audit.distance import Distance
+from batchnorm.audit.evidence import Evidence, LayerEvidence, Losses
 from batchnorm.audit.finding import Finding, Severity
-from batchnorm.audit.place import is_inside_autograd_function
+from batchnorm.audit.profiling import running_distance
 from batchnorm.audit.rule import Rule
-from batchnorm.moments import Moments
 
 __all__ = ["StaleStatistics"]
-
-EVERY = 5  # one training pass in so many is looked at; odd, where kinds of batches take turns
-KEPT = 8  # batches kept: with EVERY, of the last 40 passes, what a momentum of 0.1 remembers
-FEWEST = 4  # batches below which the spread between them is not known
 
 
 class StaleStatistics(Rule):
@@ -68,181 +58,39 @@ class StaleStatistics(Rule):
     name = "running statistics far from the data's"
     looks_at = "a training run or batches"
 
-    def __init__(self) -> None:
-        self._watched: dict[int, _Watched] = {}
-
-    def before(self, call: Call) -> None:
-        """In training, note the statistics before every few passes; in eval, what is used."""
-        watched = self._watched.get(call.number)
-        if watched is None:
-            if call.layer.running_mean is None or call.layer.running_mean.is_meta:
-                return
-            watched = self._watched[call.number] = _Watched(call.path)
-        if call.tracks:
-            if call.has_gradients or is_inside_autograd_function():
-                watched.used = None
-                watched.passes += 1
-                if watched.passes >= watched.due and call.input is not None:
-                    watched.refresh(call)
-                    call.notes[self.code] = (watched.version, call.running_statistics())
-            watched.calls += 1
-        elif not call.layer.training and watched.used is None:
-            watched.refresh(call)
-            watched.note_use()
-
-    def after(self, call: Call) -> None:
-        """Read the batch's statistics off what the pass added to the running ones."""
-        note = call.notes.get(self.code)
-        if note is None:
-            return
-        version, old = note
-        # a checkpoint's recomputation moves nothing: look at the next pass instead
-        if version is None or version != call.batches_version():
-            watched = self._watched[call.number]
-            watched.batches.append(_batch(call, old))
-            watched.due = watched.passes + EVERY
-
-    def findings(self) -> Iterator[Finding]:
-        """One for each layer that was far off when it was last evaluated."""
-        for watched in self._watched.values():
-            yield from self._judged(watched.path, watched.distance())
-
     def weigh(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for each layer that is far off from what the batches give it."""
         for layer in evidence.layers:
-            if layer.running is None or layer.is_frozen or len(layer.batches) < FEWEST:
-                continue
-            mean, var = layer.running
-            norm = layer.layer
-            if norm.num_batches_tracked is not None and norm.num_batches_tracked == 0:
-                continue  # it has not been trained yet
-            if (mean.isfinite() & var.isfinite()).all():  # BN101 says so where they are not
-                measured = distance(mean, var, layer.batches, norm.momentum, norm.eps)
-                yield from self._judged(layer.path, measured)
+            if layer.is_averaged and evidence.is_run:
+                continue  # BN105 says so
+            d = running_distance(layer)
+            if d is None and evidence.is_run and _is_broken(layer):
+                d = Distance(math.nan, 0.0, math.nan, 0.0)  # `check` leaves it to BN101
+            if d is not None and d.is_harmful:
+                yield self._judged(layer.path, d, evidence.losses)
 
-    def _judged(self, path: str, d: Distance | None) -> Iterator[Finding]:
-        if d is not None and d.is_harmful:
-            message = (
-                f"the running mean is off by {d.shift:.2g} ± {d.shift_error:.1g} standard "
-                f"deviations, the running standard deviation by ×{math.exp(d.stretch):.2g} "
-                f"(± {math.expm1(d.stretch_error):.0%})"
-            )
-            if math.isnan(d.shift):
-                message = "the running statistics are not finite, and inference divides by them"
-            yield self.found(
-                Severity.WARNING,
-                message,
-                modules=(path,),
-                fix="torch.optim.swa_utils.update_bn(loader, model) before evaluating; then a "
-                "larger momentum",
-                **asdict(d),
-            )
-
-
-@dataclass
-class _Watched:
-    """One layer: its last batches, and its running statistics when they were last used.
-
-    The buffers are held, the layer is not: they are small, and a model that is gone by the end
-    of the run is reported all the same.
-    """
-
-    path: str
-    momentum: float | None = None
-    eps: float = 0.0
-    running: tuple[Tensor, Tensor] | None = None
-    version: int | None = None
-    calls: int = 0  # that may have moved the statistics since `version` was read
-    passes: int = 0  # of training
-    due: int = EVERY  # the pass to look at
-    batches: deque[_Update | _Direct] = field(default_factory=lambda: deque(maxlen=KEPT))
-    used: tuple[Tensor, Tensor, list[_Update | _Direct]] | None = None
-
-    def refresh(self, call: Call) -> None:
-        """Follow the layer, and forget its batches where somebody else wrote its buffers.
-
-        Statistics that were loaded belong to weights that were loaded with them, and the batches
-        do not. Statistics that were only reset belong to the weights that are here.
-        """
-        mean, var = call.layer.running_mean, call.layer.running_var
-        self.running = None if mean is None or var is None else (mean, var)
-        self.momentum, self.eps = call.layer.momentum, call.layer.eps
-        version = call.batches_version()
-        if version is not None and self.version is not None:
-            written = version - self.version > self.calls  # a pass writes its counter once
-            if written and not _are_initial(call.layer):
-                self.batches.clear()
-        self.version, self.calls = version, 0
-
-    def note_use(self) -> None:
-        """Copy what inference uses, the first time after training."""
-        if self.used is None and self.running is not None and len(self.batches) >= FEWEST:
-            mean, var = self.running
-            self.used = (mean.clone(), var.clone(), list(self.batches))
-
-    def distance(self) -> Distance | None:
-        """At the last evaluation, or now if training went on after it."""
-        self.note_use()
-        if self.used is None:
-            return None
-        mean, var, batches = self.used
-        if not (mean.isfinite() & var.isfinite()).all():
-            return Distance(math.nan, 0.0, math.nan, 0.0)  # and so are the updates made to them
-        moments = [batch.moments() for batch in batches]
-        if not all((m.mean.isfinite() & m.m2.isfinite()).all() for m in moments):
-            return None  # the data failed, and the statistics kept out of it
-        return distance(mean.double().cpu(), var.double().cpu(), moments, self.momentum, self.eps)
-
-
-class _Update(NamedTuple):
-    """What one training pass did to the running mean and variance.
-
-    new = (1 − m)·old + m·batch, so batch = old + (new − old)/m: exact for masks, ghost slices
-    and several ranks too, and without a look at n·c·positions values. It is worked out when
-    somebody asks; a pass of training only copies.
-    """
-
-    old: tuple[Tensor, Tensor]
-    new: tuple[Tensor, Tensor]
-    momentum: float | Tensor
-    values: int  # a channel
-
-    def moments(self) -> Moments:
-        """The batch's own moments, in float64 on the CPU."""
-        (mean, var), (new_mean, new_var) = (
-            [t.double().cpu() for t in pair] for pair in (self.old, self.new)
+    def _judged(self, path: str, d: Distance, losses: Losses | None) -> Finding:
+        message = (
+            f"the running mean is off by {d.shift:.2g} ± {d.shift_error:.1g} standard "
+            f"deviations, the running standard deviation by ×{math.exp(d.stretch):.2g} "
+            f"(± {math.expm1(d.stretch_error):.0%})"
         )
-        m = self.momentum.double().cpu() if isinstance(self.momentum, Tensor) else self.momentum
-        n = torch.full_like(mean, self.values, dtype=torch.int64)
-        batch_var = (var + (new_var - var) / m).clamp(min=0)
-        return Moments(n, mean + (new_mean - mean) / m, batch_var * (n - 1))
-
-
-class _Direct(NamedTuple):
-    """The moments of the input itself, where the running statistics do not tell them."""
-
-    own: Moments
-
-    def moments(self) -> Moments:
-        """The batch's moments, in float64 on the CPU."""
-        return Moments(
-            self.own.count.cpu(), self.own.mean.double().cpu(), self.own.m2.double().cpu()
+        numbers = asdict(d)
+        if math.isnan(d.shift):
+            message = "the running statistics are not finite, and inference divides by them"
+        if losses is not None:
+            trained, inferred = fmean(losses.training), fmean(losses.inference)
+            message += f"; the loss is {trained:.3g} in training mode, {inferred:.3g} in eval mode"
+            numbers |= {"training_loss": trained, "inference_loss": inferred}
+        return self.found(
+            Severity.WARNING,
+            message,
+            [path],
+            "torch.optim.swa_utils.update_bn(loader, model) before evaluating; then a larger "
+            "momentum",
+            **numbers,
         )
 
 
-def _batch(call: Call, old: tuple[Tensor, Tensor]) -> _Update | _Direct:
-    layer, x = call.layer, call.input
-    assert x is not None, "noted only where there is an input"
-    m: float | Tensor | None = layer.momentum
-    if m is None and layer.num_batches_tracked is not None:
-        m = 1 / layer.num_batches_tracked
-    new = call.running_statistics()
-    # half precision rounds the step away; a momentum of 0 makes none
-    if m is None or layer.momentum == 0 or old[0].dtype.itemsize < 4 or new is None:
-        return _Direct(Moments.of(x.detach(), (0, *range(2, x.ndim))))
-    return _Update(old, new, m, x.numel() // x.shape[1])
-
-
-def _are_initial(layer: TorchBatchNorm) -> bool:
-    mean, var = layer.running_mean, layer.running_var
-    return mean is None or var is None or bool((mean == 0).all() & (var == 1).all())
+def _is_broken(layer: LayerEvidence) -> bool:
+    return any(not t.isfinite().all() for t in layer.running or ())

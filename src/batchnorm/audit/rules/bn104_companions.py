@@ -51,7 +51,7 @@ class Companions(Rule):
         """One finding, with the layers that use the batch's statistics in eval mode."""
         if evidence.companions is None or evidence.companions <= ROUNDING:
             return
-        using = [e.path for e in evidence.layers if e.layer.running_mean is None]
+        using = [layer.path for layer in evidence.layers if layer.mixes_in_eval]
         if using:  # else it is not batch norm that mixes them
             yield self.found(
                 Severity.WARNING,

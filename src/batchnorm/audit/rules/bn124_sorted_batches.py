@@ -24,9 +24,9 @@ class SortedBatches(Rule):
     """## What it finds
 
     Batches whose means lie further apart than batches of shuffled samples would: samples arrive
-    sorted by class, source or time. At the first layer each channel's means of samples are
-    compared, between batches and within them (one-way analysis of variance), and the same is
-    done for samples shuffled over the batches, 999 times.
+    sorted by class, source or time. At the first layer each channel's means of samples (in a
+    run, coarse means of the model's input) are compared, between batches and within them (one-way
+    analysis of variance), and the same is done for samples shuffled over the batches, 999 times.
 
     ## Why it hurts
 
@@ -55,14 +55,11 @@ class SortedBatches(Rule):
 
     code = "BN124"
     name = "batches that are not alike"
-    looks_at = "batches"
+    looks_at = "a training run or batches"
 
     def weigh(self, evidence: Evidence) -> Iterator[Finding]:
-        """One finding, from the first layer: deeper ones see what the first has made of it."""
-        if not evidence.layers:
-            return
-        first = evidence.layers[0]
-        whole = [means for means in first.sample_means if len(means) > 1]
+        """One finding, from what the model was given, or the first layer."""
+        whole = [samples for samples in evidence.samples if len(samples) > 1]
         if len(whole) < 2:
             return
         measured = likeness(whole)
@@ -71,7 +68,7 @@ class SortedBatches(Rule):
                 Severity.WARNING,
                 f"batch means lie {measured.ratio**0.5:.1f} times as far apart as those of "
                 f"shuffled samples would (of {SHUFFLES} shuffles {measured.as_far} were as far)",
-                [first.path],
+                [layer.path for layer in evidence.layers[:1]],
                 "DataLoader(..., shuffle=True)",
                 ratio=measured.ratio,
                 chance=measured.chance,

@@ -1,10 +1,12 @@
-"""BN128: channels that a γ of 0 has switched off."""
+"""BN128: channels that carry nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Severity, in_layers
+from batchnorm.audit.profiling import dead_channels
 from batchnorm.audit.rule import Rule
 from batchnorm.audit.state import State
 
@@ -17,7 +19,8 @@ class DeadChannels(Rule):
     """## What it finds
 
     Channels whose |γ| is below 1e-5 in layers where others' is not: their output is β, whatever
-    the input.
+    the input. With batches or in a run, channels too whose output these hardly move,
+    |γ|·√(var / (var + ε)) < 0.001: what feeds them is constant.
 
     ## Why it hurts
 
@@ -44,8 +47,8 @@ class DeadChannels(Rule):
     """
 
     code = "BN128"
-    name = "channels switched off by γ"
-    looks_at = "a checkpoint or model"
+    name = "channels that carry nothing"
+    looks_at = "a checkpoint, a model, a training run or batches"
 
     def examine(self, state: State) -> Iterator[Finding]:
         """One finding for all layers."""
@@ -66,5 +69,29 @@ class DeadChannels(Rule):
                 "they output β, whatever comes in",
                 sorted(dead, key=lambda path: -dead[path]),
                 "prune them, or train without weight decay on γ",
+                channels=float(total),
+            )
+
+    def weigh(self, evidence: Evidence) -> Iterator[Finding]:
+        """One finding for all layers with channels that these batches do not move."""
+        dead: dict[str, int] = {}
+        channels = 0
+        for layer in evidence.layers:
+            silent = dead_channels(layer)
+            if silent is None:
+                continue
+            if layer.weight is not None and not evidence.is_run:
+                silent &= layer.weight.abs() >= DEAD  # `examine` has told of the others
+            if 0 < (count := int(silent.sum())) < layer.channels:
+                dead[layer.path] = count
+                channels += layer.channels
+        if dead:
+            total = sum(dead.values())
+            yield self.found(
+                Severity.INFO,
+                f"{total} of {channels} channels {in_layers(dead)} hardly move on these batches: "
+                "their variance or γ is next to 0",
+                sorted(dead, key=lambda path: -dead[path]),
+                "prune them, or initialize what feeds them again",
                 channels=float(total),
             )

@@ -43,14 +43,14 @@ class NeverCalled(Rule):
 
     code = "BN131"
     name = "layers that are never called"
-    looks_at = "batches"
+    looks_at = "a training run or batches"
 
     def weigh(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for all layers."""
         if evidence.uncalled:
             yield self.found(
                 Severity.INFO,
-                f"not called by any of {evidence.batches} batches, {in_layers(evidence.uncalled)}",
+                f"never called, {in_layers(evidence.uncalled)}",
                 evidence.uncalled,
                 "call the layer in forward(), or take it out of the model",
                 layers=float(len(evidence.uncalled)),

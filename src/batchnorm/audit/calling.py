@@ -1,0 +1,91 @@
+"""How people call models: with tensors, tuples, dictionaries, dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+__all__ = ["Forward", "call", "half", "left_as_it_was", "output_of", "set_training", "with_tensors"]
+
+Forward = Callable[[nn.Module, Any], Any]
+"""How to call a model with a batch."""
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """As trainers do: a dictionary by name, of a tuple or list the first entry, else as it is."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if _is_dataclass(batch):
+        return model(**{f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)})
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+def with_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The batch with each of its tensors changed."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {key: with_tensors(value, change) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a named tuple
+        return type(batch)(*(with_tensors(value, change) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(with_tensors(value, change) for value in batch)
+    if _is_dataclass(batch):
+        names = [f.name for f in dataclasses.fields(batch)]
+        changed = {name: with_tensors(getattr(batch, name), change) for name in names}
+        return dataclasses.replace(batch, **changed)
+    return batch
+
+
+def half(batch: Any) -> Any:
+    """The first half of a batch."""
+    return with_tensors(batch, lambda tensor: tensor[: len(tensor) // 2] if tensor.ndim else tensor)
+
+
+def output_of(result: Any) -> Tensor | None:
+    """The first tensor of numbers in what a model returns."""
+    if isinstance(result, Tensor):
+        return result if result.ndim and result.is_floating_point() else None
+    values = result.values() if isinstance(result, Mapping) else result
+    if isinstance(values, (tuple, list)) or isinstance(result, Mapping):
+        return next((t for value in values if (t := output_of(value)) is not None), None)
+    if _is_dataclass(result):
+        fields = [getattr(result, f.name) for f in dataclasses.fields(result)]
+        return output_of(fields)
+    return None
+
+
+def set_training(model: nn.Module) -> None:
+    """Training mode where nobody chose otherwise, and dropout off."""
+    if not any(module.training for module in model.modules()):
+        model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put modes, buffers and random state back, whatever happens; record no gradients."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: b.clone() for name, b in model.named_buffers() if not is_lazy(b)}
+    devices = sorted({b.device.index or 0 for b in model.parameters() if b.device.type == "cuda"})
+    with torch.random.fork_rng(devices), torch.no_grad():
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            for name, buffer in model.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)

@@ -1,0 +1,52 @@
+"""Let rules look, keep what was asked for, and go on where one of them fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import torch
+
+from batchnorm.audit.evidence import Evidence
+from batchnorm.audit.finding import Finding
+from batchnorm.audit.rule import Rule
+from batchnorm.audit.selection import Selection
+from batchnorm.audit.state import State
+
+__all__ = ["Look", "evidence_for", "judge", "state_for"]
+
+Look = tuple[Rule, Callable[[], Iterable[Finding]]]
+"""A rule, and how it is asked for its findings."""
+
+
+def judge(
+    looks: Iterable[Look], selection: Selection, disabled: dict[str, str]
+) -> Iterator[Finding]:
+    """What the rules find, worst first; a rule that raises is added to `disabled`."""
+    findings: list[Finding] = []
+    with torch.no_grad():
+        for rule, look in looks:
+            try:
+                findings.extend(filter(selection.keeps, look()))
+            except Exception as error:
+                disabled[rule.code] = f"{type(error).__name__}: {error}"
+    yield from sorted(findings, key=lambda f: (f.severity.rank, f.code, f.modules))
+
+
+def state_for(code: str, state: State, selection: Selection) -> State:
+    """The state without the layers that a rule is to leave out."""
+    if not selection.modules:
+        return state
+    kept = tuple(layer for layer in state.layers if not selection.ignores(code, layer.path))
+    return replace(state, layers=kept)
+
+
+def evidence_for(code: str, evidence: Evidence, selection: Selection) -> Evidence:
+    """The evidence without the layers that a rule is to leave out."""
+    if not selection.modules:
+        return evidence
+    return replace(
+        evidence,
+        layers=[e for e in evidence.layers if not selection.ignores(code, e.path)],
+        uncalled=[path for path in evidence.uncalled if not selection.ignores(code, path)],
+    )
