@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
-import math
 import stat
 from pathlib import Path
 
@@ -12,31 +10,8 @@ from rich.console import Console
 
 from batchnorm.audit import Finding, Report, Severity
 from batchnorm.cli.files import example, write_atomically
-from batchnorm.report import print_report, to_json
-
-WARNED = Finding(
-    "BN108",
-    Severity.WARNING,
-    "2 layers moved in 3 forward passes",
-    ("Net.a", "Net.b"),
-    "call model.eval() before this line",
-    "train.py:12",
-    {"layers": 2.0, "passes": 3.0},
-    "statistics moved with gradients off",
-)
-FAILED = Finding(
-    "BN109",
-    Severity.ERROR,
-    "an input of shape (1, 3)",
-    ("Net.c",),
-    "drop_last=True",
-    name="one value per channel",
-)
-CODES = ("BN103", "BN108", "BN109")
-
-
-def report(*findings: Finding, layers: int = 3, disabled: dict[str, str] | None = None) -> Report:
-    return Report(findings, layers, 7, CODES, disabled or {})
+from batchnorm.report import FORMS, print_report
+from reports import FAILED, HOSTILE, WARNED, hostile, report, stale
 
 
 def printed(it: Report, width: int = 80, **options) -> str:
@@ -58,72 +33,6 @@ def test_a_report_is_clean_where_there_are_only_facts():
 
 def test_severities_are_ranked_from_the_worst():
     assert sorted(Severity, key=lambda s: s.rank) == ["error", "warning", "info"]
-
-
-# JSON
-
-
-def test_json_holds_everything_under_a_version():
-    data = json.loads(to_json(report(FAILED, WARNED, disabled={"BN103": "KeyError: 1"})))
-    assert data == {
-        "version": 1,
-        "findings": [
-            {
-                "code": "BN109",
-                "severity": "error",
-                "message": "an input of shape (1, 3)",
-                "modules": ["Net.c"],
-                "fix": "drop_last=True",
-                "place": None,
-                "numbers": {},
-                "name": "one value per channel",
-            },
-            {
-                "code": "BN108",
-                "severity": "warning",
-                "message": "2 layers moved in 3 forward passes",
-                "modules": ["Net.a", "Net.b"],
-                "fix": "call model.eval() before this line",
-                "place": "train.py:12",
-                "numbers": {"layers": 2.0, "passes": 3.0},
-                "name": "statistics moved with gradients off",
-            },
-        ],
-        "layers": 3,
-        "calls": 7,
-        "rules": ["BN103", "BN108", "BN109"],
-        "disabled": {"BN103": "KeyError: 1"},
-        "subject": None,
-        "graph": None,
-        "profiles": [],
-        "timeline": [],
-    }
-
-
-def test_a_report_comes_back_from_its_json():
-    it = report(FAILED, WARNED, disabled={"BN103": 'ValueError: γ\n"quoted" \\ [red]'})
-    data = json.loads(to_json(it))
-    assert data.pop("version") == 1
-    findings = tuple(
-        Finding(**{**f, "severity": Severity(f["severity"]), "modules": tuple(f["modules"])})
-        for f in data.pop("findings")
-    )
-    for name in ("rules", "profiles", "timeline"):
-        data[name] = tuple(data[name])
-    assert Report(findings, **data) == it
-
-
-def test_json_ends_its_last_line():
-    assert to_json(report()).endswith("}\n")
-
-
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_json_is_valid_where_a_measurement_is_no_number(value):
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    it = report(dataclasses.replace(WARNED, numbers={"shift": value}))
-    json.loads(to_json(it), parse_constant=refuse)
 
 
 # The terminal
@@ -223,7 +132,66 @@ def test_a_finding_of_somebody_elses_rule_is_printed_too():
     assert "XY1 warning" in printed(report(dataclasses.replace(WARNED, code="XY1")))
 
 
+def test_findings_of_one_rule_share_its_head_fix_and_page():
+    text = printed(report(WARNED, stale("Net.b", 0.7, 0.1), FAILED, stale("Net.a", 0.9, 0.2)))
+    lines = text.splitlines()
+    heads = [line for line in lines if line.startswith("BN")]
+    assert heads == [
+        "BN109 error: one value per channel",
+        "BN108 warning: statistics moved with gradients off",
+        "BN103 warning: running statistics far from the data's, 2 times",
+    ]
+    assert lines[-8:] == [
+        "  the running mean is off by 0.7 ± 0.02 standard deviations, the running standard "
+        "deviation by ×1.1 (± 3%)",
+        "  in   Net.b",
+        "",
+        "  the running mean is off by 0.9 ± 0.02 standard deviations, the running standard "
+        "deviation by ×1.2 (± 3%)",
+        "  in   Net.a",
+        "",
+        "  fix  torch.optim.swa_utils.update_bn(loader, model) before evaluating; then a larger "
+        "momentum",
+        "  why  batchnorm rules BN103",
+    ]
+
+
+def test_findings_of_one_rule_keep_fixes_that_differ():
+    other = dataclasses.replace(WARNED, fix="another\nin two lines")
+    text = printed(report(WARNED, other))
+    assert text.count("  fix  call model.eval() before this line\n") == 1
+    assert text.count("  fix  another\n       in two lines\n") == 1
+    assert text.count("  why  ") == 1
+
+
+def test_one_rule_with_two_severities_has_two_heads():
+    fact = dataclasses.replace(WARNED, severity=Severity.INFO)
+    text = printed(report(fact, WARNED, fact))
+    assert text.index("BN108 warning") < text.index("BN108 info")
+    assert text.count("\nBN108 ") == 2
+
+
+def test_the_terminal_says_what_read_the_graph():
+    checked = dataclasses.replace(report(), subject="model.py:make", graph="torch.fx")
+    assert printed(checked).splitlines()[2] == "  graph read by torch.fx"
+
+
+def test_nothing_that_a_stranger_named_reaches_the_terminal_as_a_control():
+    text = printed(hostile())
+    assert text.replace("\n", "").isprintable()
+    assert "escape\\x1b[2J" in text
+    assert "\n::error::forged" not in text
+    assert HOSTILE[-1] in text
+
+
 # Files
+
+
+def test_there_is_a_form_for_each_suffix_and_each_can_be_written(tmp_path):
+    assert list(FORMS) == [".json", ".sarif"]
+    for suffix, form in FORMS.items():
+        for it in (report(), hostile()):
+            write_atomically(tmp_path / f"report{suffix}", form(it))
 
 
 def test_a_file_is_written_as_utf8_and_nothing_is_left_beside_it(tmp_path):

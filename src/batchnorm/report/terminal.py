@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.text import Text
 
 from batchnorm.audit import Finding, Report, Severity
+from batchnorm.report.summary import grouped, headline, looked
+from batchnorm.report.visible import visible
 
 __all__ = ["print_report"]
 
@@ -14,48 +16,57 @@ _SHOWN = 4  # layers named before "and so many more"
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print what was watched, then every finding."""
+    """Print what was watched, then every finding; those of one rule together."""
 
     def line(text: str, style: str = "") -> None:
         # text, not markup: module names and paths are the user's; unwrapped, to be copied
-        console.print(Text(text, style=style), soft_wrap=True)
+        console.print(Text(visible(text), style=style), soft_wrap=True)
 
-    layers = "1 layer" if report.layers == 1 else f"{report.layers} layers"
-    passes = "1 forward pass" if report.calls == 1 else f"{report.calls} forward passes"
-    watched = f"batchnorm watched {layers} in {passes}"
-    if report.subject is not None:
-        ran = "" if report.calls == 0 else f" in {report.calls} batches"
-        watched = f"batchnorm checked {layers} of {report.subject}{ran}"
     line("")
-    if report.layers == 0 and report.subject is not None:
-        line(f"batchnorm found no batch norm layer in {report.subject}", "bold")
-    elif report.layers == 0:
-        line("batchnorm saw no batch norm layer being called", "bold")
-        line("  compiled models and other processes are not seen")
+    if report.layers == 0:
+        line(headline(report), "bold")
+        if report.subject is None:
+            line("  compiled models and other processes are not seen")
     elif report.findings:
-        line(f"{watched}: {len(report.findings)} found", "bold")
+        line(f"{headline(report)}: {len(report.findings)} found", "bold")
     else:
-        looked = ", ".join(code for code in report.rules if code not in report.disabled)
-        line(f"{watched}: nothing found by {looked}", "bold green")
-    for finding in report.findings:
+        line(f"{headline(report)}: nothing found by {', '.join(looked(report))}", "bold green")
+    if report.graph is not None:
+        line(f"  graph read by {report.graph}")
+    for group in grouped(report.findings):
         line("")
-        head = f"{finding.code} {finding.severity.value}: {finding.name}"
-        line(head, _STYLES[finding.severity])
-        for text in _body(finding):
-            line(f"  {text}")
+        first = group[0]
+        times = "" if len(group) == 1 else f", {len(group)} times"
+        head = f"{first.code} {first.severity.value}: {first.name}{times}"
+        line(head, _STYLES[first.severity])
+        for text in _body(group):
+            line(f"  {text}" if text else "")
     for code, reason in report.disabled.items():
         line(f"{code} was switched off and the run went on: {reason}", "magenta")
 
 
-def _body(finding: Finding) -> list[str]:
+def _body(group: list[Finding]) -> list[str]:
+    fixes = {finding.fix for finding in group}
+    lines: list[str] = []
+    for finding in group:
+        lines += _found(finding)
+        if len(fixes) > 1:
+            lines += _fix(finding)
+        if len(group) > 1:
+            lines.append("")
+    if len(fixes) == 1:
+        lines += _fix(group[0])
+    return [*lines, f"why  batchnorm rules {group[0].code}"]
+
+
+def _found(finding: Finding) -> list[str]:
     shown = finding.modules[:_SHOWN]
     more = len(finding.modules) - len(shown)
     layers = ", ".join(shown) + (f" and {more} more" if more else "")
     place = [] if finding.place is None else [f"at   {finding.place}"]
-    return [
-        finding.message,
-        f"in   {layers}",
-        *place,
-        f"fix  {finding.fix}",
-        f"why  batchnorm rules {finding.code}",
-    ]
+    return [finding.message, *([f"in   {layers}"] if layers else []), *place]
+
+
+def _fix(finding: Finding) -> list[str]:
+    first, *others = finding.fix.splitlines() or [""]
+    return [f"fix  {first}", *(f"     {other}" for other in others)]
