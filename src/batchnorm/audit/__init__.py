@@ -4,12 +4,16 @@ from batchnorm.audit.check import audit, check
 from batchnorm.audit.checkpoint import SUFFIXES, checkpoints_at, read_checkpoint
 from batchnorm.audit.distance import Distance
 from batchnorm.audit.finding import Finding, Report, Severity
+from batchnorm.audit.gathering import label_loss
+from batchnorm.audit.graph import Graph
 from batchnorm.audit.noise import Noise
-from batchnorm.audit.probe import Probe
+from batchnorm.audit.onnx_file import read_onnx
+from batchnorm.audit.probe import Probe, watch
 from batchnorm.audit.profile import QUANTILES, GradientNorm, LayerProfile, Period
 from batchnorm.audit.rule import Rule
 from batchnorm.audit.rules import RULES, find_rule
 from batchnorm.audit.script import run_script
+from batchnorm.audit.selection import Selection
 from batchnorm.audit.state import LayerState, State, state_of
 
 __all__ = [
@@ -19,6 +23,7 @@ __all__ = [
     "Distance",
     "Finding",
     "GradientNorm",
+    "Graph",
     "LayerProfile",
     "LayerState",
     "Noise",
@@ -26,13 +31,17 @@ __all__ = [
     "Probe",
     "Report",
     "Rule",
+    "Selection",
     "Severity",
     "State",
     "audit",
     "check",
     "checkpoints_at",
     "find_rule",
+    "label_loss",
     "read_checkpoint",
+    "read_onnx",
     "run_script",
     "state_of",
+    "watch",
 ]

@@ -18,7 +18,7 @@ from batchnorm.audit.state import LayerState, State
 __all__ = ["SUFFIXES", "checkpoints_at", "read_checkpoint"]
 
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth")
-SUFFIXES = (".safetensors", *_PICKLED)
+SUFFIXES = (".onnx", ".safetensors", *_PICKLED)
 
 
 def checkpoints_at(path: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""How far running statistics are from those of batches, and how much of it is sampling."""
+"""How far statistics are from those of batches, and how much of it is sampling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchnorm.moments import Moments
 
-__all__ = ["Distance", "distance"]
+__all__ = ["Distance", "between", "distance"]
 
 LARGEST_SHIFT = 0.5  # of a standard deviation
 LARGEST_STRETCH = 1.5  # of the standard deviation, either way
@@ -19,7 +19,7 @@ LARGEST_STRETCH = 1.5  # of the standard deviation, either way
 
 @dataclass(frozen=True)
 class Distance:
-    """How far running statistics are from the batches', root mean square over channels.
+    """How far statistics are from those of batches, root mean square over channels.
 
     `shift` is in standard deviations of the batches; `stretch` is the ratio of the standard
     deviations, as its logarithm. Each has the standard error that sampling gives it.
@@ -29,6 +29,11 @@ class Distance:
     shift_error: float
     stretch: float
     stretch_error: float
+
+    @property
+    def stretch_factor(self) -> float:
+        """The ratio of the standard deviations, 1 or more."""
+        return math.exp(self.stretch)
 
     @property
     def is_harmful(self) -> bool:
@@ -67,6 +72,29 @@ def distance(
     logs = torch.stack([(b.var() + eps).log()[heard] / 2 for b in batches])
     return Distance(
         _rms(shift), _rms(means.std(0)) * share**0.5, _rms(stretch), _rms(logs.std(0)) * share**0.5
+    )
+
+
+def between(one: list[Moments], other: list[Moments], eps: float) -> Distance:
+    """The distance of some batches' moments from others', each pooled.
+
+    The sampling error is that of two averages, √(s₁²/k₁ + s₂²/k₂), from the spread between the
+    batches of each kind.
+    """
+    first, second = Moments.merge(one), Moments.merge(other)
+    sigma = (torch.maximum(first.var(), second.var()) + eps).sqrt()
+    heard = torch.minimum(first.var(), second.var()) > eps / 10
+    shift = (first.mean - second.mean) / sigma
+    stretch = ((first.var() + eps).log() - (second.var() + eps).log())[heard] / 2
+    shift_error, stretch_error = [], []
+    for batches in (one, other):
+        root = len(batches) ** 0.5
+        means = torch.stack([b.mean for b in batches]) / sigma
+        logs = torch.stack([(b.var() + eps).log()[heard] / 2 for b in batches])
+        shift_error.append(_rms(means.std(0)) / root)
+        stretch_error.append(_rms(logs.std(0)) / root)
+    return Distance(
+        _rms(shift), math.hypot(*shift_error), _rms(stretch), math.hypot(*stretch_error)
     )
 
 

@@ -13,13 +13,16 @@ from types import ModuleType, TracebackType
 
 from batchnorm.audit.finding import Report
 from batchnorm.audit.probe import Probe
+from batchnorm.audit.selection import Selection
 
 __all__ = ["run_script"]
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
-def run_script(script: Path, arguments: Sequence[str]) -> tuple[int, Report]:
+def run_script(
+    script: Path, arguments: Sequence[str], selection: Selection | None = None
+) -> tuple[int, Report]:
     """Run `script` as `python script arguments…` would, and report what the probe saw.
 
     From here on the process is the script's: `__main__`, `sys.argv` and `sys.path` stay as it
@@ -34,7 +37,7 @@ def run_script(script: Path, arguments: Sequence[str]) -> tuple[int, Report]:
     path = str(Path.cwd() / script)  # as Python has it: absolute, links not resolved
     main = _become_main(path, [str(script), *arguments])
     process = os.getpid()
-    with Probe() as probe:
+    with Probe(selection=selection) as probe:
         try:
             # our own __future__ imports are not the script's
             code = compile(source, path, "exec", dont_inherit=True)

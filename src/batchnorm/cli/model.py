@@ -11,8 +11,17 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
-__all__ = ["in_one_line", "input_like", "load_batches", "load_model", "names_model", "shape_of"]
+__all__ = [
+    "in_one_line",
+    "input_like",
+    "load_batches",
+    "load_model",
+    "load_module",
+    "names_model",
+    "shape_of",
+]
 
 
 def names_model(target: str) -> bool:
@@ -21,16 +30,25 @@ def names_model(target: str) -> bool:
     return bool(module and colon and name.replace(".", "").isidentifier())
 
 
-def load_model(target: str) -> nn.Module:
+def load_model(target: str) -> nn.Module | ExportedProgram:
     """What `package.module:make_model` names: a function or class that makes a model, or a model.
 
-    `path/to/file.py:make_model` is looked up in that file.
+    `path/to/file.py:make_model` is looked up in that file. A program that `torch.export` made is
+    a model too.
 
     Raises `ValueError` where there is none, with what was found instead.
     """
-    made = _made(target, nn.Module)
-    if not isinstance(made, nn.Module):
+    made = _made(target, (nn.Module, ExportedProgram))
+    if not isinstance(made, (nn.Module, ExportedProgram)):
         raise ValueError(f"{target} is {type(made).__name__}, no torch.nn.Module or what makes one")
+    return made
+
+
+def load_module(target: str) -> nn.Module:
+    """A model that is no exported program; see `load_model`."""
+    made = load_model(target)
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"{target} is an exported program; give the model that it was made of")
     return made
 
 
@@ -39,14 +57,14 @@ def load_batches(target: str) -> Iterable[object]:
 
     Raises `ValueError` where there is none, with what was found instead.
     """
-    made = _made(target, Iterable)
+    made = _made(target, (Iterable,))
     if not isinstance(made, Iterable):
         raise ValueError(f"{target} is {type(made).__name__}, no iterable of batches")
     return made
 
 
-def _made(target: str, kind: type) -> object:
-    """What a target names, called where it is not of the kind itself but can be."""
+def _made(target: str, kinds: tuple[type, ...]) -> object:
+    """What a target names, called where it is of none of the kinds itself but can be."""
     module_name, _, name = target.rpartition(":")
     if not names_model(target):
         raise ValueError(
@@ -63,7 +81,7 @@ def _made(target: str, kind: type) -> object:
         if not hasattr(found, part):
             raise ValueError(f"{module_name} has no {name}; name a function or class of it")
         found = getattr(found, part)
-    if isinstance(found, kind) or not callable(found):
+    if isinstance(found, kinds) or not callable(found):
         return found
     try:
         return found()

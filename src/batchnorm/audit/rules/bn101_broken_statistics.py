@@ -51,7 +51,7 @@ class BrokenStatistics(Rule):
 
     code = "BN101"
     name = "running statistics that break inference"
-    looks_at = "a checkpoint or model"
+    looks_at = "checkpoint, model"
 
     def examine(self, state: State) -> Iterator[Finding]:
         """One finding for each layer."""

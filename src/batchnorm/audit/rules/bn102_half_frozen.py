@@ -54,7 +54,7 @@ class HalfFrozen(Rule):
 
     code = "BN102"
     name = "frozen parameters, moving statistics"
-    looks_at = "a model or a training run"
+    looks_at = "model, run"
 
     def examine(self, state: State) -> Iterator[Finding]:
         """One finding for all layers."""

@@ -56,7 +56,7 @@ class StaleStatistics(Rule):
 
     code = "BN103"
     name = "running statistics far from the data's"
-    looks_at = "a training run or batches"
+    looks_at = "run, batches"
 
     def weigh(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for each layer that is far off from what the batches give it."""
@@ -72,7 +72,7 @@ class StaleStatistics(Rule):
     def _judged(self, path: str, d: Distance, losses: Losses | None) -> Finding:
         message = (
             f"the running mean is off by {d.shift:.2g} ± {d.shift_error:.1g} standard "
-            f"deviations, the running standard deviation by ×{math.exp(d.stretch):.2g} "
+            f"deviations, the running standard deviation by ×{d.stretch_factor:.2g} "
             f"(± {math.expm1(d.stretch_error):.0%})"
         )
         numbers = asdict(d)

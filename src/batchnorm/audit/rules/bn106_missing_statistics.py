@@ -47,7 +47,7 @@ class MissingStatistics(Rule):
 
     code = "BN106"
     name = "weights without their statistics"
-    looks_at = "a checkpoint or model"
+    looks_at = "checkpoint, model"
 
     def examine(self, state: State) -> Iterator[Finding]:
         """One finding for each missing key, one for all layers with 0 and 1."""

@@ -62,7 +62,7 @@ class MovedWithoutGradients(Rule):
 
     code = "BN108"
     name = "statistics moved with gradients off"
-    looks_at = "a training run"
+    looks_at = "run"
 
     def __init__(self) -> None:
         self._calls: dict[str | None, Counter[tuple[int, str]]] = {}

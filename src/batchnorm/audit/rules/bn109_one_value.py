@@ -46,7 +46,7 @@ class OneValuePerChannel(Rule):
 
     code = "BN109"
     name = "one value per channel"
-    looks_at = "a training run"
+    looks_at = "run"
 
     def __init__(self) -> None:
         self._seen: dict[tuple[str, tuple[int, ...]], str | None] = {}

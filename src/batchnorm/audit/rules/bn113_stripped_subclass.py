@@ -54,8 +54,8 @@ class StrippedSubclass(Rule):
     """
 
     code = "BN113"
-    name = "a subclass that conversions would strip"
-    looks_at = "a model"
+    name = "a subclass that conversions strip"
+    looks_at = "model"
 
     def examine(self, state: State) -> Iterator[Finding]:
         """One finding for each class."""

@@ -45,7 +45,7 @@ class SyncOnCPU(Rule):
 
     code = "BN115"
     name = "SyncBatchNorm on the CPU"
-    looks_at = "a model"
+    looks_at = "model"
 
     def examine(self, state: State) -> Iterator[Finding]:
         """One finding for all layers."""

@@ -47,7 +47,7 @@ class FlagChanged(Rule):
 
     code = "BN116"
     name = "track_running_stats changed afterwards"
-    looks_at = "a model"
+    looks_at = "model"
 
     def examine(self, state: State) -> Iterator[Finding]:
         """One finding for each of the two contradictions."""

@@ -1,4 +1,4 @@
-"""BN117: a momentum of 0."""
+"""BN117: a momentum that does not average."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from batchnorm.audit.state import State
 
 __all__ = ["NoMomentum"]
 
+SWAPPED = 0.9  # of the new batch: what other frameworks call so is the share that is kept
+
 
 class NoMomentum(Rule):
     """## What it finds
 
-    Layers with `momentum=0.0`, which never take a batch up into their running statistics.
+    Layers with `momentum=0.0`, which never take a batch up into their running statistics. Asked
+    for by its code (`--select BN117`), it also guesses where a momentum of 0.9 and more was meant
+    as Keras has it.
 
     ## Why it hurts
 
@@ -42,11 +46,12 @@ class NoMomentum(Rule):
     """
 
     code = "BN117"
-    name = "a momentum of 0"
-    looks_at = "a model"
+    name = "a momentum that does not average"
+    looks_at = "model"
 
     def examine(self, state: State) -> Iterator[Finding]:
-        """One finding for the layers with trained statistics, one for those without."""
+        """One finding for the layers with trained statistics, one for those without; guesses."""
+        yield from self._guess(state)
         found: dict[bool, list[str]] = {}
         for layer in state.layers:
             module = layer.module
@@ -65,4 +70,21 @@ class NoMomentum(Rule):
                 paths,
                 "layer.momentum = 0.1, or None for the average of all batches",
                 layers=float(len(paths)),
+            )
+
+    def _guess(self, state: State) -> Iterator[Finding]:
+        found: dict[float, list[str]] = {}
+        for layer in state.layers:
+            momentum = None if layer.module is None else layer.module.momentum
+            if momentum is not None and momentum >= SWAPPED:
+                found.setdefault(momentum, []).append(layer.path)
+        for momentum, paths in found.items():
+            yield self.found(
+                Severity.INFO,
+                f"momentum {momentum:g}: the running statistics are nearly the last batch's, "
+                f"{in_layers(paths)}",
+                paths,
+                f"momentum={1 - momentum:.3g}, if it was meant as the share that is kept",
+                is_guess=True,
+                momentum=momentum,
             )

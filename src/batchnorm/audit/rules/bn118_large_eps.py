@@ -16,13 +16,16 @@ LARGE = 0.1
 class LargeEps(Rule):
     """## What it finds
 
-    Layers whose ε is 0.1 or more.
+    Layers whose ε is 0.1 or more, and, beside a reference that tells its own (a model, an ONNX
+    file), layers whose ε is another.
 
     ## Why it hurts
 
     ε keeps the division from failing where the variance is 0; usual values are 1e-5 to 1e-3. An ε
     of 0.1 and more shrinks every channel whose variance is not far above it. It is nearly always
-    a momentum that was passed by position: the second argument of a layer is ε.
+    a momentum that was passed by position: the second argument of a layer is ε. Weights that
+    were trained with another ε (Keras has 1e-3) are scaled by √((var + ε)/(var + ε')), layer upon
+    layer.
 
     ## Example
 
@@ -35,7 +38,7 @@ class LargeEps(Rule):
 
     ## When it is fine
 
-    For weights that were trained with it: then it must stay.
+    For weights that were trained with it: then it must stay, and a reference says so.
 
     ## Evidence
 
@@ -43,8 +46,8 @@ class LargeEps(Rule):
     """
 
     code = "BN118"
-    name = "an ε so large that momentum was meant"
-    looks_at = "a model"
+    name = "an ε that was not meant"
+    looks_at = "model, reference"
 
     def examine(self, state: State) -> Iterator[Finding]:
         """One finding for each value."""
@@ -59,4 +62,23 @@ class LargeEps(Rule):
                 paths,
                 f"BatchNorm2d(channels, momentum={eps:g}), by name",
                 eps=eps,
+            )
+
+    def compare(self, state: State, reference: State) -> Iterator[Finding]:
+        """One finding for each pair of values."""
+        others = {layer.path: layer.eps for layer in reference.layers}
+        found: dict[tuple[float, float], list[str]] = {}
+        for layer in state.layers:
+            eps, other = layer.eps, others.get(layer.path)
+            # a file holds it in single precision
+            if eps is not None and other is not None and abs(eps - other) > 1e-6 * max(eps, other):
+                found.setdefault((eps, other), []).append(layer.path)
+        for (eps, other), paths in found.items():
+            yield self.found(
+                Severity.WARNING,
+                f"ε = {eps:g} where {reference.name} has {other:g}, {in_layers(paths)}",
+                paths,
+                f"eps={other:g}",
+                eps=eps,
+                reference=other,
             )

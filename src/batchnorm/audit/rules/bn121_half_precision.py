@@ -47,7 +47,7 @@ class HalfPrecision(Rule):
 
     code = "BN121"
     name = "statistics in half precision"
-    looks_at = "a checkpoint or model"
+    looks_at = "checkpoint, model"
 
     def examine(self, state: State) -> Iterator[Finding]:
         """One finding for the statistics of all layers, one for parameters alone."""

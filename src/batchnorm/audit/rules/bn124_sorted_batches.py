@@ -55,7 +55,7 @@ class SortedBatches(Rule):
 
     code = "BN124"
     name = "batches that are not alike"
-    looks_at = "a training run or batches"
+    looks_at = "run, batches"
 
     def weigh(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding, from what the model was given, or the first layer."""

@@ -48,7 +48,7 @@ class DeadChannels(Rule):
 
     code = "BN128"
     name = "channels that carry nothing"
-    looks_at = "a checkpoint, a model, a training run or batches"
+    looks_at = "checkpoint, run, batches"
 
     def examine(self, state: State) -> Iterator[Finding]:
         """One finding for all layers."""

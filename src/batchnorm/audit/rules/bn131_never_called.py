@@ -43,7 +43,7 @@ class NeverCalled(Rule):
 
     code = "BN131"
     name = "layers that are never called"
-    looks_at = "a training run or batches"
+    looks_at = "run, batches"
 
     def weigh(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for all layers."""

@@ -1,0 +1,92 @@
+"""BN123: one layer, two distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+
+from batchnorm.audit.distance import Distance, between
+from batchnorm.audit.evidence import Evidence, LayerEvidence
+from batchnorm.audit.finding import Finding, Severity
+from batchnorm.audit.noise import FEWEST
+from batchnorm.audit.rule import Rule
+
+__all__ = ["TwoDistributions"]
+
+
+class TwoDistributions(Rule):
+    """## What it finds
+
+    Layers that are called from several places, or several times in a pass, and are given batches
+    whose means lie more than half a standard deviation apart, or whose standard deviations differ
+    by a factor of 1.5, beyond twice the sampling error. Being called twice alone is no finding.
+
+    ## Why it hurts
+
+    In training each call is normalized by its own batch, so that both come out standardized and
+    what told them apart is gone. The running statistics average over both, fit neither, and at
+    inference one of the two is shifted and stretched. Discriminators (real and generated images),
+    domain adaptation, adversarial training (clean and perturbed) and shared heads live with it.
+
+    ## Example
+
+        loss = criterion(disc(real), 1) + criterion(disc(fake.detach()), 0)
+
+    ## Fix
+
+    `DomainBatchNorm(BatchNorm2d(c), ["real", "fake"])`: statistics of its own for each, γ and β
+    shared. Or one call on both, `torch.cat([real, fake])`, which normalizes them together.
+
+    ## When it is fine
+
+    Where only one of them is ever evaluated and it has statistics of its own, or the layer is
+    never used at inference, as most discriminators are.
+
+    ## Evidence
+
+    huggingface/pytorch-image-models#68, pytorch/pytorch#48929
+    """
+
+    code = "BN123"
+    name = "one layer, two distributions"
+    looks_at = "run, batches"
+
+    def weigh(self, evidence: Evidence) -> Iterator[Finding]:
+        """One finding for each layer, of the two origins that lie furthest apart."""
+        for layer in evidence.layers:
+            worst = None if layer.is_averaged else _furthest(layer)
+            if worst is None:
+                continue
+            one, other, d = worst
+            place = one if ":" in one else None
+            yield self.found(
+                Severity.WARNING,
+                f"{one} and {other} give it means {d.shift:.2g} ± {d.shift_error:.1g} standard "
+                f"deviations apart, standard deviations ×{d.stretch_factor:.2g} apart",
+                [layer.path],
+                'DomainBatchNorm(layer, ["a", "b"]), or one call on torch.cat of both',
+                place=place,
+                shift=d.shift,
+                shift_error=d.shift_error,
+                stretch=d.stretch,
+                stretch_error=d.stretch_error,
+            )
+
+
+def _furthest(layer: LayerEvidence) -> tuple[str, str, Distance] | None:
+    """The two origins whose batches differ most, where that is harmful."""
+    enough = {name: many for name, many in layer.origins.items() if len(many) >= FEWEST}
+    found = []
+    for one, other in combinations(enough, 2):
+        d = between(enough[one], enough[other], layer.eps)
+        if d.is_harmful:
+            found.append((*_told_apart(one, other), d))
+    return max(found, key=lambda each: each[2].shift + each[2].stretch, default=None)
+
+
+def _told_apart(one: str, other: str) -> tuple[str, str]:
+    """Of two trails of lines, the first lines that differ."""
+    for a, b in zip(one.split(" > "), other.split(" > "), strict=False):
+        if a != b:
+            return a, b
+    return one, other

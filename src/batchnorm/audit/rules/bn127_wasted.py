@@ -1,0 +1,111 @@
+"""BN127: what batch norm cancels, and what unsettles it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from batchnorm.audit.evidence import Evidence
+from batchnorm.audit.finding import Finding, Severity, in_layers
+from batchnorm.audit.graph import Graph, Node
+from batchnorm.audit.rule import Rule
+
+__all__ = ["Wasted"]
+
+_CONVOLUTIONS = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+class Wasted(Rule):
+    """## What it finds
+
+    A bias of a convolution or linear layer that the batch norm behind it takes out again; dropout
+    before a batch norm; and, in a training run, weight decay on γ and β.
+
+    ## Why it hurts
+
+    A little, or not at all. The batch's mean takes any constant out, so the bias has a gradient of
+    zero and costs memory, time and a place in the optimizer. Dropout changes the variance between
+    training and inference, which the running variance, learned in training, does not know (Li et
+    al. 2019, "Understanding the disharmony between dropout and batch normalization by variance
+    shift"). Decay pulls γ towards 0 and with it the layer's scale; whether that helps or harms is
+    unsettled (cszn/KAIR#4).
+
+    ## Example
+
+        nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64))      # bias=False
+
+    ## Fix
+
+    `bias=False`; dropout behind the last batch norm; parameter groups with `weight_decay=0` for γ
+    and β.
+
+    ## When it is fine
+
+    Nearly always; these are facts. Published weights have such biases, and removing them changes
+    the state dict's keys.
+
+    ## Evidence
+
+    autrainer/autrainer#166
+    """
+
+    code = "BN127"
+    name = "bias, dropout or decay that it cancels"
+    looks_at = "operations, run"
+
+    def read(self, graph: Graph) -> Iterator[Finding]:
+        """One finding for all biases, one for all dropouts."""
+        biases: dict[str, None] = {}
+        dropouts: dict[str, None] = {}
+        for node, norm in graph.norms():
+            source = node.source
+            takes_mean_out = norm.training or norm.running_mean is not None
+            if source is None or not takes_mean_out:
+                continue
+            if _has_bias(source) and source.users == 1 and graph.calls(source.module or norm) == 1:
+                biases[source.name] = None
+            for before in (source, source.source if _is_linear(source) else None):
+                if before is not None and _drops(before):
+                    dropouts[before.name] = None
+        if biases:
+            yield self.found(
+                Severity.INFO,
+                f"a bias that the batch norm behind it takes out again, {in_layers(biases)}",
+                biases,
+                "bias=False",
+                layers=float(len(biases)),
+            )
+        if dropouts:
+            yield self.found(
+                Severity.INFO,
+                "dropout before a batch norm, whose running variance does not know that it ends, "
+                f"{in_layers(dropouts)}",
+                dropouts,
+                "dropout behind the last batch norm",
+                layers=float(len(dropouts)),
+            )
+
+    def weigh(self, evidence: Evidence) -> Iterator[Finding]:
+        """One finding for all layers whose γ or β decays."""
+        decayed = {layer.path: layer.decay for layer in evidence.layers if layer.decay > 0}
+        if decayed:
+            yield self.found(
+                Severity.INFO,
+                f"weight decay of {max(decayed.values()):g} on γ and β {in_layers(decayed)}",
+                decayed,
+                "a parameter group with weight_decay=0 for γ and β",
+                decay=max(decayed.values()),
+            )
+
+
+def _is_linear(node: Node) -> bool:
+    return isinstance(node.module, _CONVOLUTIONS)
+
+
+def _has_bias(node: Node) -> bool:
+    return _is_linear(node) and getattr(node.module, "bias", None) is not None
+
+
+def _drops(node: Node) -> bool:
+    return isinstance(node.module, nn.modules.dropout._DropoutNd) and node.module.p > 0
