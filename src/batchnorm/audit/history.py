@@ -24,6 +24,7 @@ PER_ORIGIN = 8  # and of each place that calls the layer
 ORIGINS = 4  # such places
 SAMPLES = 16  # batches of the model's input
 GRADIENTS_EVERY = 20  # of these passes the gradient's norm is taken
+FIRST_GRADIENTS = 3  # and of the first passes, when weights are as they were initialized
 GRADIENTS = 64  # norms kept of a layer; then every second is forgotten
 PERIODS = 100  # modes kept of a model, from the beginning, and as many from the end
 GRID = 4  # an image is remembered as so many by so many means
@@ -157,6 +158,7 @@ class _LayerHistory:
         self.used: tuple[Tensor, Tensor, list[_Update | _Direct]] | None = None
         self.evaluated: deque[_Update | _Direct] = deque(maxlen=KEPT)
         self.forwards = self.backwards = 0  # since the last step of an optimizer
+        self.task = -1  # of autograd: the last backward pass
         self.updates: Counter[tuple[int, int]] = Counter()
         self.decay = 0.0
         self.learning = self.frozen = 0  # passes looked at
@@ -204,12 +206,15 @@ class _LayerHistory:
 
     def listen(self, output: Tensor) -> None:
         """Count backward passes; of some, take the norm of the gradient."""
-        takes, step = self.passes % self.gradients_every == 1, self.passes
+        step = self.passes
+        takes = step <= FIRST_GRADIENTS or step % self.gradients_every == 1
         if not takes and self.leads is None:
             return  # the model's first layer counts for all
 
         def hook(gradient: Tensor) -> None:
-            self.backwards += 1
+            task = torch._C._current_graph_task_id()
+            self.backwards += task != self.task  # a pass through two calls is one pass
+            self.task = task
             if takes:
                 norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
                 self.gradients.append((step, norm))
@@ -320,7 +325,10 @@ class _Update(NamedTuple):
         )
         m = self.momentum.double().cpu() if isinstance(self.momentum, Tensor) else self.momentum
         n = torch.full_like(mean, self.values, dtype=torch.int64)
-        batch_var = (var + (new_var - var) / m).clamp(min=0)
+        batch_var = var + (new_var - var) / m
+        # what rounding could have left of a variance of 0 is none
+        rounding = 4 * torch.finfo(self.old[1].dtype).eps * torch.maximum(var, new_var) / m
+        batch_var = batch_var.where(batch_var > rounding, 0)
         return Moments(n, mean + (new_mean - mean) / m, batch_var * (n - 1))
 
 

@@ -32,13 +32,13 @@ class AveragedWeights(Rule):
 
     Running statistics describe what a layer was given under the weights that it was trained with.
     The average of weights gives its layers something else, and nobody has ever looked at what. By
-    default `AveragedModel` averages parameters and leaves buffers as they were when it was made.
+    default `AveragedModel` averages parameters and copies the buffers of the latest weights.
 
     ## Example
 
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
         ...
-        ema.eval()(images)            # with the running statistics of the first step
+        ema.eval()(images)            # with the running statistics of the last step's weights
 
     ## Fix
 

@@ -20,8 +20,8 @@ class Gradients(Rule):
     """## What it finds
 
     Models in which the loss's gradient by the layers' outputs is 10,000 times as large at one end
-    as at the other, in the geometric mean over the backward passes looked at and beyond twice its
-    error. Needs a training run, or batches with a loss.
+    as at the other, in the geometric mean over three backward passes, the first or the last that
+    were looked at, beyond twice its error. Needs a training run, or batches with a loss.
 
     ## Why it hurts
 
@@ -65,21 +65,24 @@ class Gradients(Rule):
     def _judged(self, layers: list[LayerEvidence]) -> Iterator[Finding]:
         first = {g.step: g.norm for g in layers[0].gradients}
         last = {g.step: g.norm for g in layers[-1].gradients}
-        both = [step for step in first if first[step] > 0 and last.get(step, 0) > 0]
+        both = [step for step in sorted(first) if first[step] > 0 and last.get(step, 0) > 0]
         logs = [math.log(first[step] / last[step]) for step in both]
         logs = [log for log in logs if math.isfinite(log)]
         if len(layers) < 2 or len(logs) < FEWEST:
             return
-        mean, error = fmean(logs), stdev(logs) / math.sqrt(len(logs))
-        if abs(mean) - 2 * error > math.log(LARGEST):
-            grows = "explode" if mean > 0 else "vanish"
-            yield self.found(
-                Severity.WARNING,
-                f"on the way back from the last to the first of {len(layers)} layers gradients "
-                f"{grows} by ×{math.exp(abs(mean)):.1e} (± {math.expm1(error):.0%}, "
-                f"{len(logs)} passes)",
-                [layers[0].path, layers[-1].path],
-                "residual connections, learning-rate warm-up, gradient clipping",
-                ratio=math.exp(mean),
-                error=error,
-            )
+        # at initialization and in the end: in between weights may pass from one to the other
+        for when, some in (("first", logs[:FEWEST]), ("last", logs[-FEWEST:])):
+            mean, error = fmean(some), stdev(some) / math.sqrt(len(some))
+            if abs(mean) - 2 * error > math.log(LARGEST):
+                grows = "explode" if mean > 0 else "vanish"
+                yield self.found(
+                    Severity.WARNING,
+                    f"on the way back from the last to the first of {len(layers)} layers gradients "
+                    f"{grows} by ×{math.exp(abs(mean)):.1e} (± {math.expm1(error):.0%}, the "
+                    f"{when} {len(some)} passes looked at)",
+                    [layers[0].path, layers[-1].path],
+                    "residual connections, learning-rate warm-up, gradient clipping",
+                    ratio=math.exp(mean),
+                    error=error,
+                )
+                return

@@ -1,0 +1,454 @@
+"""The rules that weigh a training run: for each, what it finds and what it must not."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils.checkpoint import checkpoint
+
+from batchnorm import BatchNorm1d, BatchNorm2d, DomainBatchNorm, Ghost, Renorm
+from batchnorm.audit import Finding, Probe, Severity, watch
+
+STEPS = 60
+
+
+@pytest.fixture(autouse=True)
+def one_thread(seeded):
+    torch.set_num_threads(1)  # layers as small as these only wait for a second one
+
+
+def net(norm=nn.BatchNorm1d, c=8, **options) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(6, c), norm(c, **options), nn.ReLU(), nn.Linear(c, c), norm(c), nn.Linear(c, 2)
+    )
+
+
+def task(n=32, shift=0.0, scale=1.0) -> tuple[Tensor, Tensor]:
+    x = torch.randn(n, 6)
+    return x * scale + shift, (x[:, 0] > 0).long()
+
+
+def fit(
+    model: nn.Module,
+    steps: int = STEPS,
+    batch: Callable[[int], tuple[Tensor, Tensor]] = lambda step: task(),
+    micro: int = 1,
+    after_step: Callable[[], None] = lambda: None,
+    call: Callable[[nn.Module, Tensor], Tensor] = lambda model, x: model(x),
+    lr: float = 0.05,
+    **options,
+) -> nn.Module:
+    """Train as people do; `micro` batches for each step of the optimizer."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, **options)
+    for step in range(steps):
+        optimizer.zero_grad()
+        for _ in range(micro):
+            x, y = batch(step)
+            F.cross_entropy(call(model, x), y).backward()
+        optimizer.step()
+        after_step()
+    return model
+
+
+def frozen_backbone() -> None:
+    model = net()
+    model[:3].requires_grad_(False)
+    fit(model)
+
+
+def frozen_for_a_while() -> None:
+    """A discriminator as GANs train it: frozen while the generator learns."""
+    generator, discriminator = net(), net()
+    discriminator[0] = nn.Linear(2, 8)
+    learn = torch.optim.Adam(generator.parameters())
+    tell = torch.optim.Adam(discriminator.parameters())
+    for _ in range(STEPS):
+        discriminator.requires_grad_(True)
+        fake = generator(torch.randn(16, 6))
+        tell.zero_grad()
+        answers = discriminator(torch.cat([torch.randn(16, 2), fake.detach()]))
+        F.cross_entropy(answers, torch.arange(32) // 16).backward()
+        tell.step()
+        discriminator.requires_grad_(False)
+        learn.zero_grad()
+        F.cross_entropy(discriminator(fake), torch.zeros(16).long()).backward()
+        learn.step()
+
+
+def averaged(decay=0.999, data=6.0, **options) -> AveragedModel:
+    """An average of weights whose statistics stay as they were when it was made."""
+    model = net()
+    average = AveragedModel(model, **options)
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        return task(shift=data)
+
+    fit(model, batch=batch, after_step=lambda: average.update_parameters(model))
+    return average
+
+
+def nearly_the_last(average: Tensor, latest: Tensor, n: Tensor) -> Tensor:
+    return 0.5 * average + 0.5 * latest
+
+
+def evaluated(average: nn.Module, data=6.0, passes=30) -> None:
+    average.eval()
+    with torch.no_grad():
+        for _ in range(passes):
+            average(task(shift=data)[0])
+
+
+def refreshed_average() -> None:
+    average = averaged()
+    update_bn([task(shift=6.0)[0] for _ in range(20)], average)
+    evaluated(average)
+
+
+def checkpointed(norm, use_reentrant=False, part=slice(0, 3), **options) -> None:
+    model = net(norm, **options)
+
+    def call(model: nn.Module, x: Tensor) -> Tensor:
+        y = checkpoint(model[part], x.requires_grad_(), use_reentrant=use_reentrant)
+        return model[part.stop :](y)
+
+    fit(model, call=call)
+
+
+def real_and_fake(discriminator: nn.Module, gap: float, domains: bool = False) -> None:
+    optimizer = torch.optim.SGD(discriminator.parameters(), lr=0.01)
+    ones, zeros = torch.ones(32).long(), torch.zeros(32).long()
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        real, fake = torch.randn(32, 6), torch.randn(32, 6) + gap
+        loss = F.cross_entropy(discriminator(real), ones)
+        loss = loss + F.cross_entropy(discriminator(fake), zeros)
+        loss.backward()
+        optimizer.step()
+
+
+def siamese(gap: float) -> None:
+    """One layer, two calls in a pass of one model."""
+
+    class Siamese(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = net()
+
+        def forward(self, x):
+            one = self.body(x[:, 0])
+            other = self.body(x[:, 1])
+            return one + other
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(32, 2, 6)
+        x[:, 1] += gap
+        return x, (x[:, 0, 0] > 0).long()
+
+    fit(Siamese(), batch=batch)
+
+
+def by_class(step: int) -> tuple[Tensor, Tensor]:
+    """Four classes, each with its own mean, in long stretches of one."""
+    labels = torch.full((32,), step * 4 // STEPS)
+    return torch.randn(32, 6) + 2 * labels[:, None], labels % 2
+
+
+def by_source(step: int) -> tuple[Tensor, Tensor]:
+    """Images from two scanners, a batch from one of them."""
+    x = torch.randn(16, 1, 8, 8) + (step // 5 % 2)
+    return x, (x.mean((1, 2, 3)) > 0.5).long()
+
+
+def shuffled(step: int) -> tuple[Tensor, Tensor]:
+    labels = torch.randint(4, (32,))
+    return torch.randn(32, 6) + 2 * labels[:, None], labels % 2
+
+
+def images(n=8, size=6) -> Callable[[int], tuple[Tensor, Tensor]]:
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(n, 1, size, size)
+        return x, (x.mean((1, 2, 3)) > 0).long()
+
+    return batch
+
+
+def convolutional(norm=nn.BatchNorm2d, **options) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), norm(4, **options), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).append(nn.Linear(4, 2))
+
+
+def deep(layers: int, shortcut: bool) -> nn.Module:
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linears = nn.ModuleList([nn.Linear(6, 6) for _ in range(layers)])
+            self.norms = nn.ModuleList([nn.BatchNorm1d(6) for _ in range(layers)])
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x):
+            for linear, norm in zip(self.linears, self.norms, strict=True):
+                y = norm(linear(x)).relu()
+                x = x + 0.1 * y if shortcut else y
+            return self.head(x)
+
+    return Deep()
+
+
+class Spare(nn.Module):
+    def __init__(self, spare: nn.Module):
+        super().__init__()
+        self.body, self.spare = net(), spare
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def dead_inputs(step: int) -> tuple[Tensor, Tensor]:
+    x, y = task()
+    x[:, 3:] = 0.5  # sensors that always say the same
+    return x, y
+
+
+def straight(step: int) -> tuple[Tensor, Tensor]:
+    return task()
+
+
+def first_norm(c=6) -> nn.Module:
+    return nn.Sequential(nn.BatchNorm1d(c), nn.Linear(c, 2))
+
+
+W, I = Severity.WARNING, Severity.INFO  # noqa: E741 - the words they begin with
+
+FOUND = [
+    ("BN102", W, frozen_backbone),
+    ("BN102", W, lambda: fit(nn.Sequential(net().requires_grad_(False), nn.Linear(2, 2)))),
+    ("BN102", W, lambda: fit(nn.Sequential(BatchNorm1d(6).requires_grad_(False), nn.Linear(6, 2)))),
+    ("BN105", W, lambda: evaluated(averaged())),
+    ("BN105", W, lambda: evaluated(averaged(avg_fn=lambda a, p, n: 0.99 * a + 0.01 * p))),
+    ("BN105", W, lambda: evaluated(averaged(data=-4.0), data=-4.0)),
+    ("BN107", W, lambda: checkpointed(nn.BatchNorm1d)),
+    ("BN107", W, lambda: checkpointed(nn.BatchNorm1d, part=slice(0, 5))),
+    ("BN107", W, lambda: checkpointed(nn.BatchNorm1d, momentum=None)),
+    ("BN110", W, lambda: fit(net(), batch=lambda step: task(n=2))),
+    ("BN110", W, lambda: fit(net(BatchNorm1d), batch=lambda step: task(n=3))),
+    ("BN110", W, lambda: fit(convolutional(), batch=images(n=2, size=3))),
+    ("BN122", I, lambda: fit(net(), micro=2)),
+    ("BN122", I, lambda: fit(net(BatchNorm1d), micro=4)),
+    ("BN122", I, lambda: fit(convolutional(), batch=images(), micro=3)),
+    ("BN123", W, lambda: real_and_fake(net(), gap=4.0)),
+    ("BN123", W, lambda: real_and_fake(net(BatchNorm1d), gap=-3.0)),
+    ("BN123", W, lambda: siamese(gap=3.0)),
+    ("BN124", W, lambda: fit(net(), batch=by_class)),
+    ("BN124", W, lambda: fit(convolutional(), batch=by_source)),
+    ("BN124", W, lambda: fit(net(), batch=lambda step: task(shift=step % 7 / 2))),
+    ("BN127", I, lambda: fit(net(), weight_decay=1e-2)),
+    ("BN127", I, lambda: fit(net(BatchNorm1d), weight_decay=5e-4)),
+    ("BN127", I, lambda: fit(convolutional(), batch=images(), weight_decay=1e-4)),
+    ("BN128", I, lambda: fit(first_norm(), batch=dead_inputs)),
+    ("BN128", I, lambda: fit(nn.Sequential(BatchNorm1d(6), nn.Linear(6, 2)), batch=dead_inputs)),
+    ("BN128", I, lambda: fit(nn.Sequential(first_norm(), first_norm(2)), batch=dead_inputs)),
+    ("BN130", W, lambda: fit(deep(60, shortcut=False), lr=1e-9)),
+    ("BN130", W, lambda: fit(deep(80, shortcut=False), batch=lambda step: task(n=64), lr=1e-9)),
+    ("BN130", W, lambda: fit(deep(100, shortcut=False), lr=1e-12)),
+    ("BN131", I, lambda: fit(spared.setdefault("model", Spare(nn.BatchNorm1d(3))))),
+    ("BN131", I, lambda: fit(spared.setdefault("model", Spare(net())))),
+    ("BN131", I, lambda: fit(spared.setdefault("model", Spare(BatchNorm2d(3))))),
+]
+SILENT = [
+    ("BN102", lambda: fit(net())),
+    ("BN102", frozen_for_a_while),
+    ("BN102", lambda: fit(nn.Sequential(BatchNorm1d(6).requires_grad_(False).freeze(), net()))),
+    ("BN102", lambda: fit(net(affine=False))),
+    ("BN105", refreshed_average),
+    ("BN105", lambda: evaluated(averaged(use_buffers=True, avg_fn=nearly_the_last))),
+    ("BN105", lambda: evaluated(fit(net()), data=6.0)),
+    ("BN107", lambda: checkpointed(BatchNorm1d)),
+    ("BN107", lambda: checkpointed(BatchNorm1d, use_reentrant=True)),
+    ("BN107", lambda: fit(net())),
+    ("BN110", lambda: fit(net())),
+    ("BN110", lambda: fit(net(), batch=lambda step: task(n=16))),
+    ("BN110", lambda: fit(convolutional(), batch=images(n=4, size=8))),
+    ("BN122", lambda: fit(net())),
+    ("BN122", lambda: siamese(gap=0.0)),
+    ("BN122", lambda: evaluated(fit(net()))),
+    ("BN123", lambda: real_and_fake(net(), gap=0.0)),
+    ("BN123", lambda: siamese(gap=0.0)),
+    ("BN123", lambda: fit(net())),
+    ("BN124", lambda: fit(net())),
+    ("BN124", lambda: fit(net(), batch=shuffled)),
+    ("BN124", lambda: fit(convolutional(), batch=images())),
+    ("BN127", lambda: fit(net())),
+    ("BN127", lambda: fit(net(affine=False), weight_decay=0.0)),
+    ("BN127", lambda: evaluated(net())),
+    ("BN128", lambda: fit(net())),
+    ("BN128", lambda: fit(convolutional(), batch=images())),
+    ("BN128", lambda: fit(first_norm())),
+    ("BN130", lambda: fit(net())),
+    ("BN130", lambda: fit(deep(60, shortcut=True), lr=1e-9)),
+    ("BN130", lambda: fit(deep(5, shortcut=False))),
+    ("BN131", lambda: fit(spared.setdefault("model", Spare(nn.GroupNorm(1, 3))))),
+    ("BN131", lambda: fit(spared.setdefault("model", net()))),
+    ("BN131", lambda: fit(Spare(nn.BatchNorm1d(3)))),  # gone by the end: nothing is known of it
+]
+spared: dict[str, nn.Module] = {}
+"""Models that live on after the run, as a script's do."""
+
+
+def found(code: str, run: Callable[[], object]) -> list[Finding]:
+    spared.clear()
+    with Probe() as probe:
+        run()
+    report = probe.report()
+    assert report.disabled == {}
+    return [finding for finding in report.findings if finding.code == code]
+
+
+@pytest.mark.parametrize(("code", "severity", "run"), FOUND)
+def test_it_is_found_and_called_as_bad_as_it_is(code, severity, run):
+    findings = found(code, run)
+    assert findings
+    for finding in findings:
+        assert finding.severity is severity
+        assert finding.modules
+        assert all(math.isfinite(number) for number in finding.numbers.values())
+        for text in (finding.message, finding.fix):
+            assert text
+            assert "\n" not in text
+
+
+@pytest.mark.parametrize(("code", "run"), SILENT)
+def test_it_is_silent_where_nothing_is_wrong(code, run):
+    assert found(code, run) == []
+
+
+# What they say
+
+
+def test_noise_is_that_of_the_values(seeded):
+    layer = nn.BatchNorm1d(64)
+    with Probe() as probe:
+        for _ in range(100):
+            layer(torch.randn(6, 64))
+    (profile,) = probe.report().profiles
+    assert profile.noise is not None
+    # for n = 6 values mean and log-deviation are not yet normal; √(1.5/6) = 0.5 is 0.53
+    means, logs = (torch.randn(20000, 6).T[None] for _ in range(2))
+    exact = math.hypot(float(means.mean(1).std()), float(logs.std(1, correction=0).log().std()))
+    assert profile.noise.value == pytest.approx(exact, rel=0.1)
+
+
+def test_gradient_norms_are_those_of_the_outputs():
+    model = net()
+    with Probe() as probe:
+        x, y = task()
+        kept = {}
+        for number in (1, 4):
+            model[number].register_forward_hook(
+                lambda module, given, output, number=number: kept.update({number: output})
+            )
+        z = model(x)
+        for output in kept.values():
+            output.retain_grad()
+        F.cross_entropy(z, y).backward()
+    profiles = probe.report().profiles
+    for number, profile in zip((1, 4), profiles, strict=True):
+        (norm,) = profile.gradients
+        assert norm.step == 1
+        assert norm.norm == pytest.approx(float(kept[number].grad.norm()), rel=1e-5)
+
+
+def test_updates_are_counted_as_they_came():
+    model = net()
+    with Probe() as probe:
+        fit(model, steps=5, micro=3)
+        (finding,) = [f for f in probe.report().findings if f.code == "BN122"]
+    assert finding.numbers == {"forwards": 3.0, "steps": 5.0}
+    assert "5 of 5 optimizer steps saw 3 forward and 3 backward passes" in finding.message
+
+
+def test_the_two_places_are_named():
+    (finding, *_) = found("BN123", lambda: real_and_fake(net(), gap=4.0))
+    line = real_and_fake.__code__.co_firstlineno
+    assert f"test_audit_rules_run.py:{line + 6} and " in finding.message
+    assert f"test_audit_rules_run.py:{line + 7} give" in finding.message
+
+
+def test_its_own_advice_helps_against_two_distributions():
+    class Discriminator(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = DomainBatchNorm(BatchNorm1d(6), ["a", "b"]), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(self.norm(x, domain="b" if x.mean() > 2 else "a"))
+
+    assert found("BN123", lambda: real_and_fake(Discriminator(), gap=4.0)) == []
+
+
+@pytest.mark.parametrize("statistics", [Ghost(4), Renorm()])
+def test_small_slices_that_were_chosen_are_no_noise(statistics):
+    model = net(BatchNorm1d, statistics=statistics)
+    assert found("BN110", lambda: fit(model)) == []
+
+
+# The timeline
+
+
+def test_the_timeline_is_what_the_run_did():
+    model = net()
+    with watch(model) as probe:
+        fit(model, steps=7)
+        with torch.no_grad():
+            model(task()[0])
+        model.eval()(task()[0])
+        model(task()[0])
+        fit(model.train(), steps=2)
+    periods = [(p.model, p.mode, p.passes) for p in probe.report().timeline]
+    assert periods == [
+        ("Sequential", "train", 7),
+        ("Sequential", "train without gradients", 1),
+        ("Sequential", "eval", 2),
+        ("Sequential", "train", 2),
+    ]
+
+
+def test_a_timeline_of_very_many_periods_keeps_its_ends():
+    model = net()
+    with watch(model) as probe:
+        for turn in range(500):
+            model.train(turn % 2 == 0)(task(n=4)[0])
+    timeline = probe.report().timeline
+    assert len(timeline) <= 202
+    assert sum(period.passes for period in timeline) == 500
+    assert [p.mode for p in timeline[:2]] == ["train", "eval"]
+    assert timeline[-1].mode == "eval"
+
+
+# watch
+
+
+def test_watch_sees_one_model_alone_and_leaves_it_as_it_would_have_been():
+    one, other = net(), net()
+    twin = copy.deepcopy(one)
+    torch.manual_seed(3)
+    with watch(one) as probe:
+        fit(one)
+        fit(other)
+    torch.manual_seed(3)
+    fit(twin)
+    report = probe.report()
+    assert (report.layers, report.calls) == (2, 2 * STEPS)
+    assert report.subject == "Sequential"
+    assert [p.path for p in report.profiles] == ["Sequential.1", "Sequential.4"]
+    for key, value in twin.state_dict().items():
+        assert torch.equal(one.state_dict()[key], value)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in one.modules())
