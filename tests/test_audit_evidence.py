@@ -144,7 +144,7 @@ def test_audit_says_what_it_looked_at(seeded):
     report = audit(Net(), images(), name="a network")
     assert (report.subject, report.calls, report.disabled) == ("a network", 4, {})
     assert {"BN101", "BN103", "BN104", "BN124", "BN131"} <= set(report.rules)
-    assert report.findings == ()
+    assert [finding.code for finding in report.findings] == ["BN127"]  # the convolution's bias
 
 
 # The rules that look at batches

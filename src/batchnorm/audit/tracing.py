@@ -96,11 +96,16 @@ def _run(model: nn.Module, batch: Any, forward: Forward) -> Graph:
             computed[output.grad_fn] = node
             roots.append(output.grad_fn)
 
+    def end(output: Tensor) -> Tensor:
+        if output.grad_fn is not None:
+            roots.append(output.grad_fn)
+        return output
+
     handles = [leaf.register_forward_pre_hook(before) for leaf in leaves]
     handles += [leaf.register_forward_hook(after) for leaf in leaves]
     try:
         with left_as_it_was(model), torch.enable_grad():
-            forward(model, with_tensors(batch, _differentiable))
+            with_tensors(forward(model, with_tensors(batch, _differentiable)), end)
     finally:
         for handle in handles:
             handle.remove()
@@ -120,7 +125,7 @@ def _differentiable(tensor: Tensor) -> Tensor:
 def _users(roots: list[Any]) -> Counter[Any]:
     """How many operations of the autograd graph compute with what each of them gives."""
     users: Counter[Any] = Counter()
-    seen, ahead = set(roots), list(roots)
+    seen, ahead = set(roots), list(dict.fromkeys(roots))
     while ahead:
         for source, _ in ahead.pop().next_functions:
             if source is None:
