@@ -10,6 +10,7 @@ import select
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +133,8 @@ class Browser:
     def close(self) -> None:
         """End the browser and all of its processes."""
         self._session = None
-        try:
+        with suppress(OSError, TimeoutError, EOFError, RuntimeError):
             self.call("Browser.close")
-        except (OSError, TimeoutError, EOFError, RuntimeError):
-            pass
         for end in (self._read, self._write):
             os.close(end)
         deadline = time.monotonic() + 10
@@ -143,10 +142,8 @@ class Browser:
         while not ended and time.monotonic() < deadline:
             ended, _ = os.waitpid(self._process, os.WNOHANG)
             time.sleep(0.02)
-        try:
+        with suppress(ProcessLookupError):  # all have ended
             os.killpg(self._process, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # all have ended
         if not ended:
             os.waitpid(self._process, 0)
 

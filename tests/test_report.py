@@ -188,7 +188,7 @@ def test_nothing_that_a_stranger_named_reaches_the_terminal_as_a_control():
 
 
 def test_there_is_a_form_for_each_suffix_and_each_can_be_written(tmp_path):
-    assert list(FORMS) == [".json", ".sarif"]
+    assert list(FORMS) == [".json", ".sarif", ".html"]
     for suffix, form in FORMS.items():
         for it in (report(), hostile()):
             write_atomically(tmp_path / f"report{suffix}", form(it))

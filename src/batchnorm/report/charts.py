@@ -25,7 +25,8 @@ class Chart:
     """A drawing, what it shows in words, and its numbers.
 
     `drawing`: None where there is nothing to draw, and `words` say why.
-    `key`: of the swatches' classes, and what each of them means.
+    `key`: of the swatches' classes, and what each of them means. `least_width`: in pixels, below
+    which a page scrolls the drawing in its box.
     """
 
     id: str
@@ -37,7 +38,7 @@ class Chart:
     columns: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
     is_wide: bool = False
-    scrolls: bool = False
+    least_width: float = 0.0
 
 
 def depth_charts(profiles: Sequence[LayerProfile]) -> list[Chart]:
@@ -118,15 +119,15 @@ def _limited(
         return Chart(key, title, _NO_BATCHES)
     harmful = [m for m in it if m.is_harmful]
     told = (
-        f"{count(len(harmful), 'layer')} of {len(it)} beyond it by more than twice the error: "
+        f"Of {count(len(it), 'layer')}, {len(harmful)} beyond it by more than twice the error: "
         f"{_listed(m.path for m in harmful)}."
         if harmful
-        else f"None of {count(len(it), 'layer')} is certainly beyond it."
+        else f"Of {count(len(it), 'layer')}, none is certainly beyond it."
     )
     words = f"{limit_text.capitalize()}. {told} {_largest(it, text)}"
     high = max([limit * 1.35, *(m.value + m.error for m in it if math.isfinite(m.value))])
     high *= 1.04
-    y = factors(high, limit) if text is _factor else fitting(0, high, limit)
+    y = factors(high, limit) if text is _factor else fitting(0.0, high, limit)
     frame = layer_frame(y, unit, paths)
     marks = [frame.limit(limit), *points(frame, it, paths, text)]
     drawn = [("limit", limit_text), ("dot", "± 1 standard error")]
@@ -143,7 +144,7 @@ def _limited(
         tuple(
             (m.name, text(m.value), number(m.error), "yes" if m.is_harmful else "no") for m in it
         ),
-        scrolls=bool(frame.least_width),
+        least_width=frame.least_width,
     )
 
 
@@ -159,7 +160,7 @@ def _noise(profiles: Sequence[LayerProfile], paths: list[str]) -> Chart:
     finite = [m for m in it if math.isfinite(m.value)]
     usual = median([m.value for m in finite] or [1.0])
     high = max([1e-6, *(m.value + m.error for m in finite)])
-    frame = layer_frame(fitting(0, high * 1.1, usual), "standard deviations of an output", paths)
+    frame = layer_frame(fitting(0.0, high * 1.1, usual), "standard deviations of an output", paths)
     words = _largest(it, number)
     return Chart(
         "noise",
@@ -171,7 +172,7 @@ def _noise(profiles: Sequence[LayerProfile], paths: list[str]) -> Chart:
         (("dot", "± 1 standard error"),),
         ("Layer", "Noise", "Standard error"),
         tuple((m.name, number(m.value), number(m.error)) for m in it),
-        scrolls=bool(frame.least_width),
+        least_width=frame.least_width,
     )
 
 
@@ -191,7 +192,7 @@ def _weight(profiles: Sequence[LayerProfile], paths: list[str]) -> Chart:
         f"between {number(min(medians))} and {number(max(medians))}."
     )
     boxes = [box(frame, i, paths, quantiles) for i, quantiles in it]
-    zero = element("line", class_="zero", x1=0, x2="100%", y1=frame.down(0), y2=frame.down(0))
+    zero = element("line", class_="zero", x1=0, x2="100%", y1=frame.down(0.0), y2=frame.down(0.0))
     return Chart(
         "weight",
         title,
@@ -206,7 +207,7 @@ def _weight(profiles: Sequence[LayerProfile], paths: list[str]) -> Chart:
         ("Layer", *(f"{q:.0%}".replace("%", " %") for q in QUANTILES)),
         tuple((label(i, paths), *map(number, q)) for i, q in it),
         is_wide=True,
-        scrolls=bool(frame.least_width),
+        least_width=frame.least_width,
     )
 
 
@@ -224,7 +225,7 @@ def _dead(profiles: Sequence[LayerProfile], paths: list[str]) -> Chart:
     most = max(shares, key=lambda s: s[1])
     words = f"{dead} of {channels} channels; most in {paths[most[0]]}, {most[2]}."
     frame = layer_frame(
-        fitting(0, min(1.0, high * 1.15), 1.0, _percent), "share of the channels", paths
+        fitting(0.0, min(1.0, high * 1.15), 1.0, _percent), "share of the channels", paths
     )
     bars = [
         element(
@@ -248,7 +249,7 @@ def _dead(profiles: Sequence[LayerProfile], paths: list[str]) -> Chart:
         (),
         ("Layer", "Dead", "Share"),
         tuple((label(i, paths), told, _percent(share)) for i, share, told in shares),
-        scrolls=bool(frame.least_width),
+        least_width=frame.least_width,
     )
 
 

@@ -33,7 +33,11 @@ class Measured:
         """The value and its error."""
         if not math.isfinite(self.value):
             return "not finite"
-        return text(self.value) if not self.error else f"{text(self.value)} ± {number(self.error)}"
+        return (
+            text(self.value)
+            if not self.error
+            else f"{text(self.value)} ± {number(float(f'{self.error:.2g}'))}"
+        )
 
 
 def across(i: int, n: int) -> dict[str, str]:

@@ -47,7 +47,7 @@ def gradient_chart(profiles: Sequence[LayerProfile]) -> Chart | None:
         return Chart("gradients", title, words, columns=columns, rows=rows, is_wide=True)
     points = [g for _, _, drawn in lines for g in drawn]
     first, last = min(g.step for g in points), max(g.step for g in points)
-    across = linear(first, max(last, first + 1))
+    across = linear(float(first), float(max(last, first + 1)))
     ticks = tuple((100 * across.at(value), text) for value, text in across.ticks)
     norms = [g.norm for g in points]
     frame = Frame(logarithmic(min(norms), max(norms)), "Euclidean norm", ticks, "training pass")
@@ -61,7 +61,7 @@ def gradient_chart(profiles: Sequence[LayerProfile]) -> Chart | None:
         preserveAspectRatio="none",
     )
     words = _gradient_words(lines)
-    marks = [inner, *_numbers(frame, [(i, drawn[-1]) for i, _, drawn in lines])]
+    marks = [inner, *_numbers(frame, [(i, drawn[-1]) for i, _, drawn in lines], deepest)]
     return Chart(
         "gradients",
         title,
@@ -89,7 +89,7 @@ def _line(
     drawn: list[GradientNorm],
     depth: float,
 ) -> Markup:
-    places = [(_WIDTH * across.at(g.step), frame.down(g.norm)) for g in drawn]
+    places = [(_WIDTH * across.at(float(g.step)), frame.down(g.norm)) for g in drawn]
     if len(places) == 1:
         places.append((places[0][0] + 1, places[0][1]))  # a dot
     return element(
@@ -101,7 +101,7 @@ def _line(
     )
 
 
-def _numbers(frame: Frame, ends: list[tuple[int, GradientNorm]]) -> list[Markup]:
+def _numbers(frame: Frame, ends: list[tuple[int, GradientNorm]], deepest: int) -> list[Markup]:
     """The layers' numbers beside the ends of some lines, pushed apart where they would touch."""
     every = max(1, math.ceil(len(ends) / _NUMBERED))
     chosen = ends[::every]
@@ -113,8 +113,14 @@ def _numbers(frame: Frame, ends: list[tuple[int, GradientNorm]]) -> list[Markup]
     for left, (y, i) in enumerate(wanted):
         room = frame.bottom - _LINE * (len(wanted) - 1 - left)
         lowest = min(max(y, lowest + _LINE), room)
-        text = element("text", str(i + 1), x="100%", dx=6, y=lowest, dy="0.32em")
-        placed.append(text)
+        leader = element(
+            "path",
+            class_="gradient leader",
+            d=f"M2 {y:.1f}L12 {lowest:.1f}",
+            style=f"--depth:{i / deepest:.0%}",
+        )
+        text = element("text", str(i + 1), x=15, y=lowest, dy="0.32em")
+        placed.append(element("svg", leader, text, x="100%", overflow="visible"))
     return placed
 
 
@@ -158,7 +164,7 @@ def timeline_chart(timeline: Sequence[Period]) -> Chart | None:
     words = " ".join(_model_words(name, models[name]) for name in drawn)
     if len(drawn) < len(models):
         words += f" {count(len(models) - len(drawn), 'model')} with fewer passes not drawn."
-    across = linear(0, longest)
+    across = linear(0.0, float(longest))
     bottom = _ROW * len(drawn) + 4
     parts = [element("defs", _hatching())]
     for row, name in enumerate(drawn):
@@ -204,7 +210,7 @@ def timeline_chart(timeline: Sequence[Period]) -> Chart | None:
 def _bars(periods: list[Period], across: Scale, top: float) -> list[Markup]:
     bars, begun = [], 0
     for p in periods:
-        x, end = 100 * across.at(begun), 100 * across.at(begun + p.passes)
+        x, end = 100 * across.at(float(begun)), 100 * across.at(float(begun + p.passes))
         told = f"{visible(p.mode)}: {_passes(p.passes)}, from pass {begun + 1}"
         bars.append(
             element(

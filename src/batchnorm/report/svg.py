@@ -18,10 +18,10 @@ __all__ = ["Frame", "element", "layer_frame"]
 TOP = 26.0  # room for the axis's unit
 HEIGHT = 180.0  # of the plot itself
 _NAMED = 16  # layers whose names fit below the axis
-_LETTERS = 15
+_LETTERS = 12
 
 
-def element(tag: str, *content: str, **attributes: str | float | None) -> Markup:
+def element(tag: str, *content: str, **attributes: str | float | int | None) -> Markup:
     """`<tag attributes>content</tag>`, escaped; `class_`, and `stroke_width` for `stroke-width`."""
     given = Markup("").join(
         Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), _written(value))
@@ -32,7 +32,7 @@ def element(tag: str, *content: str, **attributes: str | float | None) -> Markup
     return Markup("<{0}{1}>{2}</{0}>").format(Markup(tag), given, inside)  # noqa: S704 - our tags
 
 
-def _written(value: str | float) -> str:
+def _written(value: str | float | int) -> str:
     if isinstance(value, str):
         return value
     return f"{value:.2f}".rstrip("0").rstrip(".")
@@ -61,7 +61,7 @@ class Frame:
     def height(self) -> float:
         """Of the whole drawing."""
         longest = max((len(text) for _, text in self.across), default=0)
-        names = 14 + longest * 4.4 if self.tilted else 22
+        names = 20 + longest * 6.2 if self.tilted else 22
         return self.bottom + names + (20 if self.below else 0)
 
     def down(self, value: float) -> float:
@@ -81,7 +81,6 @@ class Frame:
             aria_describedby=f"{key}-words",
             width="100%",
             height=self.height,
-            style=f"min-width:{self.least_width:.0f}px" if self.least_width else None,
         )
 
     def limit(self, value: float) -> Markup:
@@ -109,14 +108,16 @@ class Frame:
                 element("line", class_="axis", x1=x, x2=x, y1=self.bottom, y2=self.bottom + 4)
             )
             if self.tilted:
-                word = element("text", text, transform="rotate(-40)", text_anchor="end")
+                word = element("text", text, transform="rotate(-50)", text_anchor="end")
                 parts.append(element("svg", word, x=x, y=self.bottom + 14, overflow="visible"))
             else:
                 parts.append(element("text", text, x=x, y=self.bottom + 18, text_anchor="middle"))
         if self.below:
             end = self.height - 4
+            # at the beginning, where it is seen without scrolling
+            place = ("0", "start") if self.least_width else ("50%", "middle")
             parts.append(
-                element("text", self.below, class_="unit", x="50%", y=end, text_anchor="middle")
+                element("text", self.below, class_="unit", x=place[0], y=end, text_anchor=place[1])
             )
         return Markup("").join(parts)
 
@@ -124,13 +125,15 @@ class Frame:
 def layer_frame(y: Scale, unit: str, paths: list[str]) -> Frame:
     """A frame with the layers along the bottom: their names, or their numbers where many."""
     n = len(paths)
+    if n == 1:
+        return Frame(y, unit, ((50.0, _ending(paths[0], 2 * _LETTERS)),), None)
     if n <= _NAMED:
         names = tuple((middle(i, n), name) for i, name in enumerate(_shortened(paths)))
         return Frame(y, unit, names, None, tilted=True)
-    numbers = [1, *(int(value) for value, _ in linear(1, n).ticks if value > 1)]
+    numbers = [1, *(int(value) for value, _ in linear(1.0, float(n)).ticks if value > 1)]
     across = tuple((middle(k - 1, n), str(k)) for k in numbers)
     # narrower than that they would touch: a narrow page scrolls the drawing in its box
-    return Frame(y, unit, across, "layer, in the order of first calls", least_width=4 * n)
+    return Frame(y, unit, across, "layer, in the order of first calls", least_width=4.0 * n)
 
 
 def middle(i: int, n: int) -> float:
@@ -142,8 +145,10 @@ def _shortened(paths: list[str]) -> list[str]:
     """Without the beginning that all share, and not too long to stand below an axis."""
     parts = [path.split(".") for path in paths]
     shared = 0
-    if len(parts) > 1:
-        while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
-            shared += 1
-    names = [".".join(p[shared:]) for p in parts]
-    return [n if len(n) <= _LETTERS else f"…{n[1 - _LETTERS :]}" for n in names]
+    while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    return [_ending(".".join(p[shared:]), _LETTERS) for p in parts]
+
+
+def _ending(name: str, letters: int) -> str:
+    return name if len(name) <= letters else f"…{name[1 - letters :]}"
