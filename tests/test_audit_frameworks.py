@@ -115,7 +115,6 @@ def test_compiled_models(tmp_path):
     assert modules == ["Net.1", "Net#2.1", "Eager.1"]
 
 
-@pytest.mark.xfail(reason="BN122 takes what a discriminator is given for accumulated gradients")
 def test_two_models_in_mixed_precision(tmp_path):
     plain, watched, report = plain_and_watched(tmp_path, "gan.py")
     assert_same_bits(tmp_path)

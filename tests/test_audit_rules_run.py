@@ -10,11 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
 from batchnorm import BatchNorm1d, BatchNorm2d, DomainBatchNorm, Ghost, Renorm
-from batchnorm.audit import Finding, Probe, Severity, watch
+from batchnorm.audit import Finding, Period, Probe, Severity, watch
+from batchnorm.audit.rules import bn111_two_forwards
+from batchnorm.audit.rules.bn111_two_forwards import is_affected
+from processes import run_ranks
 
 STEPS = 60
 
@@ -132,6 +136,21 @@ def real_and_fake(discriminator: nn.Module, gap: float, domains: bool = False) -
         loss = loss + F.cross_entropy(discriminator(fake), zeros)
         loss.backward()
         optimizer.step()
+
+
+def real_and_fake_with_a_generator() -> None:
+    """As the tutorials have it: the discriminator's gradients from its last pass are dropped."""
+    generator, discriminator = nn.Linear(4, 6), net()
+    learn = torch.optim.SGD(generator.parameters(), lr=0.01)
+    tell = torch.optim.SGD(discriminator.parameters(), lr=0.01)
+    for step in range(STEPS):
+        fake = generator(torch.randn(16, 4))
+        tell.zero_grad(set_to_none=step % 2 == 0)
+        (discriminator(torch.randn(16, 6)).mean() - discriminator(fake.detach()).mean()).backward()
+        tell.step()
+        learn.zero_grad()
+        discriminator(fake).mean().backward()
+        learn.step()
 
 
 def siamese(gap: float) -> None:
@@ -279,6 +298,8 @@ SILENT = [
     ("BN110", lambda: fit(convolutional(), batch=images(n=4, size=8))),
     ("BN122", lambda: fit(net())),
     ("BN122", lambda: siamese(gap=0.0)),
+    ("BN122", frozen_for_a_while),
+    ("BN122", lambda: real_and_fake_with_a_generator()),
     ("BN122", lambda: evaluated(fit(net()))),
     ("BN123", lambda: real_and_fake(net(), gap=0.0)),
     ("BN123", lambda: siamese(gap=0.0)),
@@ -330,6 +351,90 @@ def test_it_is_silent_where_nothing_is_wrong(code, run):
     assert found(code, run) == []
 
 
+# Distributed
+
+
+def calls_twice(rank: int, world: int, together: bool, broadcast: bool, affected: bool) -> None:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(net(), broadcast_buffers=broadcast)
+    is_affected.cache_clear()
+    with Probe() as probe, pytest.MonkeyPatch.context() as patch:
+        # what PyTorch does to a version counter differs between its releases
+        patch.setattr(bn111_two_forwards, "is_affected", lambda: affected)
+        for _ in range(3):
+            one, other = task()[0], task()[0]
+            if together:
+                model(torch.cat([one, other])).sum().backward()
+                model(one).sum().backward()
+            else:
+                (model(one) - model(other)).sum().backward()
+    report = probe.report()
+    assert report.disabled == {}
+    found = [finding for finding in report.findings if finding.code == "BN111"]
+    expected = affected and broadcast and not together
+    assert len(found) == expected, found
+    for finding in found:
+        line = calls_twice.__code__.co_firstlineno + 15
+        assert finding.place is not None
+        assert finding.place.endswith(f"test_audit_rules_run.py:{line}")
+        assert finding.numbers == {"forwards": 2.0}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("together", "broadcast", "affected"),
+    [(False, True, True), (True, True, True), (False, False, True), (False, True, False)],
+)
+def test_two_distributed_forwards_before_a_backward(world, together, broadcast, affected):
+    run_ranks(world, calls_twice, together, broadcast, affected)
+
+
+def test_whether_this_pytorch_is_affected_is_what_it_does(tmp_path):
+    """A broadcast that raises the version of a buffer that was saved is what breaks."""
+    run_ranks(1, saves_a_buffer)
+
+
+def saves_a_buffer(rank: int, world: int) -> None:
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.register_buffer("scale", torch.ones(3))
+
+        def forward(self, x):
+            return self.linear(x) * self.scale
+
+    model = DistributedDataParallel(Scaled())
+    z = model(torch.randn(2, 3)) + model(torch.randn(2, 3))
+    broken = False
+    try:
+        z.sum().backward()
+    except RuntimeError as error:
+        broken = "modified by an inplace operation" in str(error)
+    assert is_affected() is broken
+
+
+# Compiled
+
+
+@pytest.mark.as_installed
+def test_a_compiled_model_is_seen_by_what_moves_its_statistics():
+    torch._dynamo.reset()
+    model = net(momentum=0.001)
+    compiled = torch.compile(model, backend="eager")
+    try:
+        with Probe() as probe:
+            fit(compiled, batch=lambda step: task(shift=5.0))
+            compiled.eval()(task()[0])
+        report = probe.report()
+    finally:
+        torch._dynamo.reset()
+    assert report.disabled == {}
+    stale = [finding for finding in report.findings if finding.code == "BN103"]
+    assert [finding.modules for finding in stale] == [("Sequential.1",)]
+    assert report.timeline[0] == Period("Sequential", "train", STEPS)
+
+
 # What they say
 
 
@@ -371,8 +476,8 @@ def test_updates_are_counted_as_they_came():
     with Probe() as probe:
         fit(model, steps=5, micro=3)
         (finding,) = [f for f in probe.report().findings if f.code == "BN122"]
-    assert finding.numbers == {"forwards": 3.0, "steps": 5.0}
-    assert "5 of 5 optimizer steps saw 3 forward and 3 backward passes" in finding.message
+    assert finding.numbers == {"passes": 3.0, "steps": 5.0}
+    assert "5 of 5 optimizer steps added up the gradients of 3 backward passes" in finding.message
 
 
 def test_the_two_places_are_named():

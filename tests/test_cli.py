@@ -460,3 +460,165 @@ def test_check_runs_batches_through_a_model(batchnorm):
         refused(result, *words)
     result = batchnorm("check", "some.pt", "--data", "some_batches.py:loader")
     refused(result, "--data needs a model")
+
+
+# What to report
+
+
+def test_rules_are_selected_on_the_command_line(batchnorm):
+    train = script(MISTAKEN)
+    assert "BN108 warning" in batchnorm("run", train)[2]
+    for words in (
+        ["--ignore", "BN108"],
+        ["--select", "BN103,BN109"],
+        ["--select", "BN103", "--select", "bn109"],
+        ["--severity", "error"],
+    ):
+        status, _, err = batchnorm("run", "--strict", *words, train)
+        assert (status, "BN108" in err.replace("nothing found by", "")) == (0, False), words
+    assert batchnorm("run", "--strict", "--select", "BN10", train)[0] == 1
+
+
+def test_pyproject_says_what_the_command_line_leaves_open(batchnorm, folder):
+    train = script(MISTAKEN)
+
+    def found(settings: str, *words: str) -> bool:
+        Path("pyproject.toml").write_text("[tool.batchnorm]\n" + settings)
+        return "BN108 warning" in batchnorm("run", *words, train)[2]
+
+    assert found("")
+    assert not found('ignore = ["BN108"]')
+    assert not found('select = ["BN103"]')
+    assert not found('severity = "error"')
+    assert not found('per-module-ignores = { "BatchNorm1d" = ["BN1"] }')
+    assert found('per-module-ignores = { "other" = ["BN1"] }')
+    assert found('ignore = ["BN108"]', "--ignore", "BN103")  # instead of, not besides
+    (folder / "below").mkdir()
+    os.chdir("below")
+    train = f"../{train}"
+    Path("../pyproject.toml").write_text('[tool.batchnorm]\nignore = ["BN108"]\n')
+    assert "BN108 warning" not in batchnorm("run", train)[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ('selects = ["BN1"]', ["no setting selects", "per-module-ignores"]),
+        ('select = "BN1"', ["select is a list of codes", "'BN1'"]),
+        ("select = [1]", ["select is a list of codes"]),
+        ('severity = "bad"', ["severity is one of error, warning, info", "'bad'"]),
+        ('per-module-ignores = ["a"]', ["per-module-ignores is a table"]),
+        ('ignore = ["BN9"]', ["no rule's code begins with BN9"]),
+        ("select = [", ["cannot read", "pyproject.toml"]),
+    ],
+)
+def test_settings_that_are_none_are_refused_before_anything_runs(batchnorm, settings, words):
+    Path("pyproject.toml").write_text("[tool.batchnorm]\n" + settings)
+    refused(batchnorm("run", script(CLEAN)), *words)
+
+
+def test_a_selection_of_no_rule_is_refused(batchnorm):
+    refused(batchnorm("run", "--select", "BN9", script(CLEAN)), "begins with BN9")
+
+
+# Other forms
+
+
+def test_a_report_takes_the_form_of_its_name(batchnorm):
+    for name, begins in {
+        "report.json": "{",
+        "report.sarif": "{",
+        "report.html": "<!doctype html>",
+    }.items():
+        assert batchnorm("run", "-o", name, script(MISTAKEN))[0] == 0
+        text = Path(name).read_text()
+        assert text.lower().startswith(begins)
+        assert "BN108" in text
+    refused(
+        batchnorm("run", "-o", "report.txt", script(CLEAN)), "report.txt names no form", ".html"
+    )
+
+
+def test_annotations_for_a_workflow(batchnorm):
+    _, _, err = batchnorm("run", "--format", "github", script(MISTAKEN))
+    assert f"::warning file=train.py,line={LINE},title=BN108" in err
+
+
+# Exported graphs, references, labels, deployment
+
+TRAINED = """
+import torch
+from torch import nn
+
+def model(eps=1e-5):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.BatchNorm1d(4, eps=eps), nn.Linear(4, 3)).train()
+
+def trained():
+    m = model()
+    for x, _ in data():
+        m(x)
+    return m
+
+def other_eps():
+    return model(1e-3)
+
+def average():
+    m = trained()
+    with torch.no_grad():
+        m[0].weight += 1
+    return m
+
+def data(shift=0.0):
+    torch.manual_seed(1)
+    return [(torch.randn(16, 4) + shift, torch.randint(3, (16,))) for _ in range(30)]
+
+def elsewhere():
+    return data(3.0)
+
+def program():
+    return torch.export.export(model(), (torch.randn(2, 4),))
+
+def unlabelled():
+    return [x for x, _ in data()]
+"""
+
+
+def test_check_compares_with_a_reference(batchnorm):
+    script(TRAINED, name="it.py")
+    _, out, _ = batchnorm("check", "it.py:other_eps", "--reference", "it.py:model")
+    assert "BN118 warning" in out
+    assert "ε = 0.001 where it.py:model has 1e-05" in out
+    _, out, _ = batchnorm("check", "it.py:average", "--reference", "it.py:trained")
+    assert "BN105 info" in out
+    refused(batchnorm("check", "it.py:model", "--reference", "it.py:program"), "exported program")
+    refused(batchnorm("check", "it.py:model", "--reference", "none.pt"), "no checkpoint at none.pt")
+
+
+def test_check_looks_at_losses_and_at_deployment(batchnorm):
+    script(TRAINED, name="it.py")
+    to_data = ["--data", "it.py:data"]
+    _, out, _ = batchnorm("check", "it.py:trained", *to_data, "--deploy", "it.py:elsewhere")
+    assert "BN126 warning" in out
+    _, out, _ = batchnorm("check", "it.py:trained", "--data", "it.py:elsewhere", "--labels")
+    assert "BN103 warning" in out
+    assert "; the loss is " in out
+    refused(batchnorm("check", "it.py:model", "--labels"), "need --data")
+    refused(batchnorm("check", "it.py:model", "--deploy", "it.py:elsewhere"), "need --data")
+    result = batchnorm("check", "it.py:model", "--data", "it.py:unlabelled", "--labels")
+    refused(result, "a batch with labels is (input, label)")
+
+
+@pytest.mark.as_installed
+def test_check_reads_exported_programs(batchnorm):
+    script(TRAINED, name="it.py")
+    status, out, _ = batchnorm("check", "--strict", "it.py:program")
+    assert status == 1
+    assert "BN120 error" in out
+    refused(batchnorm("check", "it.py:program", "--memory", "--input", "2,4"), "exported program")
+
+
+def test_memory_stands_alone(batchnorm):
+    script(TRAINED, name="it.py")
+    for words in (["--strict"], ["-o", "r.json"], ["--data", "it.py:data"], ["--select", "BN1"]):
+        refused(batchnorm("check", "it.py:model", "--memory", "--input", "2,4", *words), "alone")

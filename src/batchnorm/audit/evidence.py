@@ -32,7 +32,7 @@ class LayerEvidence:
     - `masked`: of `batches`, what the user's mask leaves.
     - `deployed`: the moments of its input in eval mode, over deployment's batches.
     - `gradients`: of the loss by its output.
-    - `updates`: how many optimizer steps saw so many (forward passes, backward passes) of it.
+    - `updates`: how many optimizer steps added up the gradients of so many backward passes.
     - `decay`: the weight decay that an optimizer applies to its γ or β.
     - `learns`: whether γ or β had a gradient to get in any training pass that was looked at.
     - `is_averaged`: whether it is part of averaged weights (`AveragedModel`).
@@ -52,7 +52,7 @@ class LayerEvidence:
     masked: list[Moments] = field(default_factory=list)
     deployed: list[Moments] = field(default_factory=list)
     gradients: list[GradientNorm] = field(default_factory=list)
-    updates: Counter[tuple[int, int]] = field(default_factory=Counter)
+    updates: Counter[int] = field(default_factory=Counter)
     decay: float = 0.0
     learns: bool = True
     is_averaged: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from typing import NamedTuple
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +53,6 @@ class History:
         if own.leads is not None:
             own.leads.note_mode(call)
         if call.tracks:
-            if call.has_gradients:
-                own.forwards += 1
             if call.has_gradients or is_inside_autograd_function():
                 own.used = None
                 own.passes += 1
@@ -109,9 +108,9 @@ class History:
             group = mine.get(own.parameter)
             if group is None:
                 continue
-            if own.forwards or own.backwards:
-                own.updates[own.forwards, own.backwards] += 1
-            own.forwards = own.backwards = 0
+            if own.backwards:
+                own.updates[own.backwards] += 1
+            own.backwards = 0
             own.decay = float(group.get("weight_decay") or 0.0)
 
     def evidence(self, uncalled: list[str]) -> Evidence:
@@ -146,6 +145,7 @@ class _LayerHistory:
         self.momentum: float | None = layer.momentum
         self.eps = layer.eps
         affine = layer.weight if layer.weight is not None else layer.bias
+        self.affine = None if affine is None else ref(affine)
         self.parameter = 0 if affine is None else id(affine)
         self.weight: Tensor | None = None
         self.running: tuple[Tensor, Tensor] | None = None
@@ -157,9 +157,9 @@ class _LayerHistory:
         self.origins: dict[str, deque[_Update | _Direct]] = {}
         self.used: tuple[Tensor, Tensor, list[_Update | _Direct]] | None = None
         self.evaluated: deque[_Update | _Direct] = deque(maxlen=KEPT)
-        self.forwards = self.backwards = 0  # since the last step of an optimizer
+        self.backwards = 0  # since the last step of an optimizer
         self.task = -1  # of autograd: the last backward pass
-        self.updates: Counter[tuple[int, int]] = Counter()
+        self.updates: Counter[int] = Counter()
         self.decay = 0.0
         self.learning = self.frozen = 0  # passes looked at
         self.gradients: list[tuple[int, Tensor]] = []
@@ -213,8 +213,9 @@ class _LayerHistory:
 
         def hook(gradient: Tensor) -> None:
             task = torch._C._current_graph_task_id()
-            self.backwards += task != self.task  # a pass through two calls is one pass
-            self.task = task
+            if task != self.task:  # a pass through two calls is one pass
+                self.task = task
+                self.note_backward()
             if takes:
                 norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
                 self.gradients.append((step, norm))
@@ -223,6 +224,15 @@ class _LayerHistory:
                     self.gradients_every *= 2
 
         output.register_hook(hook)
+
+    def note_backward(self) -> None:
+        """Count a backward pass; gradients that were dropped before it are no part of the step."""
+        parameter = None if self.affine is None else self.affine()
+        gradient = None if parameter is None else parameter.grad
+        # zeros are looked for where that does not make a device wait
+        if gradient is None or (gradient.device.type == "cpu" and not gradient.any()):
+            self.backwards = 0
+        self.backwards += 1
 
     def evidence(self) -> LayerEvidence:
         """At the last evaluation, or now if training went on after it."""

@@ -39,6 +39,7 @@ def leakage(model: nn.Module, batch: Any, forward: Forward) -> Leakage | None:
     where the earlier inputs do not change later outputs. Modes and buffers are the caller's to
     put back.
     """
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         plain = output_of(forward(model, batch))
@@ -50,7 +51,9 @@ def leakage(model: nn.Module, batch: Any, forward: Forward) -> Leakage | None:
         seen = _effects(model.eval(), batch, forward, length)
         if seen is None or not seen[0] <= NOTHING < seen[1]:
             continue
-        set_training(model.train())
+        for module, training in modes.items():
+            module.training = training
+        set_training(model)
         trained = _effects(model, batch, forward, length)
         return None if trained is None else Leakage(seen[0], trained[0])
     return None

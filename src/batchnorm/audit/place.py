@@ -9,7 +9,9 @@ from pathlib import Path
 from types import FrameType
 
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.autograd.function import FunctionCtx
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 __all__ = [
     "calling_place",
@@ -21,6 +23,7 @@ __all__ = [
     "trail",
 ]
 
+_WRAPPERS = (DataParallel, DistributedDataParallel, OptimizedModule)
 _MODULE_CALL = nn.Module._call_impl.__code__
 
 
@@ -61,7 +64,7 @@ def calling_place() -> str | None:
     outside: list[FrameType] = []
     for frame in _frames():
         outside.append(frame)
-        if frame.f_code is _MODULE_CALL:
+        if frame.f_code is _MODULE_CALL and not _only_wraps(frame.f_locals["self"]):
             outside.clear()
     script = getattr(sys.modules.get("__main__"), "__file__", None)
     for frame in outside:
@@ -69,6 +72,15 @@ def calling_place() -> str | None:
         if filename == script or not _is_library(filename):
             return f"{displayed(Path(filename))}:{frame.f_lineno}"
     return None
+
+
+def _only_wraps(module: nn.Module) -> bool:
+    """Whether a module calls the model from code that is no part of the model.
+
+    A module of Lightning is one: below `DistributedDataParallel` its training step is called
+    through `forward`.
+    """
+    return isinstance(module, _WRAPPERS) or hasattr(module, "training_step")
 
 
 def is_inside(functions: frozenset[tuple[str, str]]) -> bool:

@@ -53,7 +53,10 @@ def run_script(
             status = 1
         if os.getpid() != process:
             sys.exit(status)  # a child that the script forked: its parent reports
-        _join_threads()
+        try:
+            _join_threads()
+        except KeyboardInterrupt:  # told twice: wait no longer, and report
+            status = status or INTERRUPTED
     return status, probe.report()
 
 

@@ -86,7 +86,7 @@ def run(
         refuse(f"cannot read {script}: {error.strerror}")
     with contextlib.suppress(AttributeError, OSError, ValueError):  # the script may have closed it
         sys.stdout.flush()
-    if _speaks(report):
+    if _rank() == 0 or _has_more_to_say(report, status):
         print_in_form(report, form, Console(file=sys.__stderr__))
     if output is not None and _rank() == 0:
         try:
@@ -94,7 +94,8 @@ def run(
         except OSError as error:
             complain(f"cannot write {output}: {error.strerror}")
             status = status or BAD_INPUT
-    if strict and status == 0 and not report.is_clean:
+    # another rank's exit would end the first one's before it has reported
+    if strict and status == 0 and not report.is_clean and _rank() == 0:
         status = 1
     raise typer.Exit(status)
 
@@ -108,10 +109,10 @@ def _rank() -> int:
     return int(rank) if rank.isdecimal() else 0
 
 
-def _speaks(report: Report) -> bool:
-    """Rank 0 for all; another where only it may have met with an error."""
+def _has_more_to_say(report: Report, status: int) -> bool:
+    """Whether another rank than the first may be the only one that met with what it found."""
     errors = any(finding.severity is Severity.ERROR for finding in report.findings)
-    return _rank() == 0 or errors
+    return errors or (status != 0 and bool(report.findings))
 
 
 @app.command()

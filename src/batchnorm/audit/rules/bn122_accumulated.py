@@ -57,15 +57,15 @@ class Accumulated(Rule):
             steps = sum(layer.updates.values())
             if steps < FEWEST:
                 continue
-            (forwards, backwards), times = layer.updates.most_common(1)[0]
-            if min(forwards, backwards) >= 2 and times > steps / 2:
+            backwards, times = layer.updates.most_common(1)[0]
+            if backwards >= 2 and times > steps / 2:
                 yield self.found(
                     Severity.INFO,
-                    f"{times} of {steps} optimizer steps saw {forwards} forward and {backwards} "
-                    "backward passes, each normalized by itself",
+                    f"{times} of {steps} optimizer steps added up the gradients of {backwards} "
+                    "backward passes, each normalized by its own batch",
                     [layer.path],
-                    f"momentum / {forwards}, or batches {forwards} times as large through "
+                    f"momentum / {backwards}, or batches {backwards} times as large through "
                     "batchnorm.rematerialize(model)",
-                    forwards=float(forwards),
+                    passes=float(backwards),
                     steps=float(steps),
                 )
