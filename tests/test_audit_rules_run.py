@@ -368,7 +368,7 @@ def calls_twice(rank: int, world: int, together: bool, broadcast: bool, affected
                 model(one).sum().backward()
             else:
                 (model(one) - model(other)).sum().backward()
-    report = probe.report()
+        report = probe.report()
     assert report.disabled == {}
     found = [finding for finding in report.findings if finding.code == "BN111"]
     expected = affected and broadcast and not together

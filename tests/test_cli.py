@@ -202,7 +202,7 @@ def test_a_report_that_cannot_be_written_is_one_line_after_the_run(batchnorm, fo
     def no_room(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("batchnorm.cli.commands.write_atomically", no_room)
+    monkeypatch.setattr("batchnorm.cli.output.write_atomically", no_room)
     status, out, err = batchnorm("run", "-o", "report.json", "train.py")
     assert (status, out) == (2, "trained\n")
     assert err.splitlines()[-1].endswith("report.json: No space left on device")
@@ -475,7 +475,7 @@ def test_rules_are_selected_on_the_command_line(batchnorm):
         ["--severity", "error"],
     ):
         status, _, err = batchnorm("run", "--strict", *words, train)
-        assert (status, "BN108" in err.replace("nothing found by", "")) == (0, False), words
+        assert (status, "BN108 warning" in err) == (0, False), words
     assert batchnorm("run", "--strict", "--select", "BN10", train)[0] == 1
 
 
@@ -534,9 +534,7 @@ def test_a_report_takes_the_form_of_its_name(batchnorm):
         text = Path(name).read_text()
         assert text.lower().startswith(begins)
         assert "BN108" in text
-    refused(
-        batchnorm("run", "-o", "report.txt", script(CLEAN)), "report.txt names no form", ".html"
-    )
+    refused(batchnorm("run", "-o", "report.txt", script(CLEAN)), "names no form of report", ".html")
 
 
 def test_annotations_for_a_workflow(batchnorm):
