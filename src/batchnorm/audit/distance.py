@@ -78,8 +78,9 @@ def distance(
 def between(one: list[Moments], other: list[Moments], eps: float) -> Distance:
     """The distance of some batches' moments from others', each pooled.
 
-    The sampling error is that of two averages, √(s₁²/k₁ + s₂²/k₂), from the spread between the
-    batches of each kind.
+    The sampling error is that of two averages, √(s₁²/k₁ + s₂²/k₂): of the means from the spread
+    between the batches of each kind, of the standard deviations by leaving one batch out at a time
+    (the jackknife, Efron & Stein 1981), which notices where a single batch makes them.
     """
     first, second = Moments.merge(one), Moments.merge(other)
     sigma = (torch.maximum(first.var(), second.var()) + eps).sqrt()
@@ -90,9 +91,10 @@ def between(one: list[Moments], other: list[Moments], eps: float) -> Distance:
     for batches in (one, other):
         root = len(batches) ** 0.5
         means = torch.stack([b.mean for b in batches]) / sigma
-        logs = torch.stack([(b.var() + eps).log()[heard] / 2 for b in batches])
+        rests = [Moments.merge(batches[:i] + batches[i + 1 :]) for i in range(len(batches))]
+        logs = torch.stack([(rest.var() + eps).log()[heard] / 2 for rest in rests])
         shift_error.append(_rms(means.std(0)) / root)
-        stretch_error.append(_rms(logs.std(0)) / root)
+        stretch_error.append(_rms(logs.std(0)) * (len(batches) - 1) / root)
     return Distance(
         _rms(shift), math.hypot(*shift_error), _rms(stretch), math.hypot(*stretch_error)
     )
