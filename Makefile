@@ -43,6 +43,7 @@ bench: .venv/installed  ## Run the benchmarks; nothing else should run meanwhile
 	$(BIN)/python benchmarks/layers.py --output benchmarks/layers.md
 	$(BIN)/python benchmarks/memory.py --output benchmarks/memory.md
 	$(BIN)/python benchmarks/watching.py --output benchmarks/watching.md
+	$(BIN)/python benchmarks/checkpoints.py --output benchmarks/checkpoints.md
 	$(BIN)/python benchmarks/false_alarms.py --output benchmarks/false_alarms.md
 
 clean:  ## Remove what was installed and cached.

@@ -1,9 +1,11 @@
-"""What watching costs: training steps of examples/digits.py's network, watched and unwatched.
+"""What watching costs: training steps of two networks, watched and unwatched.
 
     python benchmarks/watching.py [--output benchmarks/watching.md]
 
-Blocks of steps take turns in one process. Beside them stands the time of copying the network's
-largest activation, which says how much of the cost is memory. Nothing else should run meanwhile.
+One is examples/digits.py's, whose steps are short; the other has ResNet-18's size, 20 batch norms
+between 64 and 512 channels, with 16 images of 64×64. Blocks of steps take turns in one process.
+Beside them stands the time of copying the network's largest activation, which says how much of the
+cost is memory. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -22,14 +24,45 @@ from torch import Tensor, nn
 from batchnorm.audit import Probe
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits.py"
-BATCH = (64, 1, 8, 8)
-BLOCK = 16  # steps; the rules look closer at every fourth
 
 
-def trainer(model: nn.Module) -> Callable[[], None]:
+class Block(nn.Module):
+    """ResNet's basic block."""
+
+    def __init__(self, given: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(given, channels, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+        self.shortcut = nn.Sequential()
+        if stride > 1 or given != channels:
+            self.shortcut.append(nn.Conv2d(given, channels, 1, stride, bias=False))
+            self.shortcut.append(nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+def resnet18() -> nn.Module:
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)]
+    layers += [nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    given = 64
+    for channels, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        layers += [Block(given, channels, stride), Block(channels, channels, 1)]
+        given = channels
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+
+
+def digits() -> nn.Module:
+    model: nn.Module = runpy.run_path(str(EXAMPLE))["ResidualNetwork"]()
+    return model
+
+
+def trainer(model: nn.Module, shape: tuple[int, ...]) -> Callable[[], None]:
     """One training step, as the example makes it."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    images, labels = torch.randn(BATCH), torch.randint(10, BATCH[:1])
+    images, labels = torch.randn(shape), torch.randint(10, shape[:1])
 
     def step() -> None:
         optimizer.zero_grad()
@@ -39,14 +72,14 @@ def trainer(model: nn.Module) -> Callable[[], None]:
     return step
 
 
-def largest_activation(model: nn.Module) -> Tensor:
+def largest_activation(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
     outputs: list[Tensor] = []
     handles = [
         part.register_forward_hook(lambda *call: outputs.append(call[2]))
         for part in model.children()
     ]
     with torch.no_grad():
-        model(torch.randn(BATCH))
+        model(torch.randn(shape))
     for handle in handles:
         handle.remove()
     return max(outputs, key=Tensor.numel).clone()
@@ -59,13 +92,16 @@ def spread(seconds: list[float], unit: float) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def rows(rounds: int) -> list[str]:
+def rows(
+    make: Callable[[], nn.Module], images: tuple[int, ...], rounds: int, block: int
+) -> list[str]:
+    """`block` steps in a turn: the rules look closer at every fifth pass and every twentieth."""
     torch.manual_seed(0)
-    model: nn.Module = runpy.run_path(str(EXAMPLE))["ResidualNetwork"]()
-    activation, step, probe = largest_activation(model), trainer(model), Probe()
+    model = make()
+    activation, step, probe = largest_activation(model, images), trainer(model, images), Probe()
 
     def steps() -> None:
-        for _ in range(BLOCK):
+        for _ in range(block):
             step()
 
     def watched_steps() -> None:
@@ -73,14 +109,14 @@ def rows(rounds: int) -> list[str]:
             steps()
 
     def copies() -> None:
-        for _ in range(BLOCK):
+        for _ in range(block):
             activation.clone()
 
     blocks = in_turns({"step": steps, "watched": watched_steps, "copy": copies}, rounds)
-    times = {name: [s / BLOCK for s in seconds] for name, seconds in blocks.items()}
+    times = {name: [s / block for s in seconds] for name, seconds in blocks.items()}
     report = probe.report()
     assert not report.disabled, report.disabled
-    calls = report.calls / (BLOCK * (rounds + 3))  # three more to warm up
+    calls = report.calls / (block * (rounds + 3))  # three more to warm up
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     added = (median["watched"] - median["step"]) / calls
     shape = "×".join(map(str, activation.shape))
@@ -100,7 +136,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=150, help="blocks of each kind")
     parser.add_argument("--output", type=Path, help="write the table here, as Markdown")
     args = parser.parse_args()
-    text = "\n".join(["# Watching a training run", "", machine(), "", *rows(args.rounds), ""])
+    lines = ["# Watching a training run", "", machine(), "", "## The digits' network", ""]
+    lines += rows(digits, (64, 1, 8, 8), args.rounds, block=20)
+    lines += ["", "## ResNet-18's size, 16×3×64×64; goal: 1.03", ""]
+    lines += rows(resnet18, (16, 3, 64, 64), args.rounds // 15, block=20)
+    text = "\n".join([*lines, ""])
     print(text)
     if args.output is not None:
         args.output.write_text(text)
