@@ -4,11 +4,13 @@
     python benchmarks/architectures.py [--output benchmarks/architectures.md] [--only WORD ...]
 
 (`--no-deps`: some of them ask for torchvision or torchaudio, which their models do not need; what
-they do need is in the list.) Every model is small, has random weights unless it says "trained",
-and is audited six times: as it was made, in training and in eval mode, without batches and with
-five of independent normal samples (of harmonic tones for the trained models); then, with its
-running statistics estimated from eight more such batches by `torch.optim.swa_utils.update_bn`,
-which is what the rules advise, with batches in both modes. Trained statistics are left as they are.
+they do need is in the list. What is not installed is listed as such, and left out.)
+
+Every model is small, has random weights unless it says "trained", and is audited six times: as it
+was made, in training and in eval mode, without batches and with five of independent normal samples
+(of harmonic tones for the trained models); then, with its running statistics estimated from eight
+more such batches by `torch.optim.swa_utils.update_bn`, which is what the rules advise, with batches
+in both modes. Trained statistics are left as they are.
 
 A finding is one code, one severity and one set of layers, whichever audits it came from. There
 must be no error, and no warning that the model's maintainer would call wrong. Each warning and
