@@ -66,18 +66,22 @@ def test_the_model_and_the_random_state_are_left_as_they_were(seeded, training, 
 
 def test_it_holds_the_moments_of_what_each_layer_is_given(seeded):
     model, batches = Net().eval(), images()
+    model.dropout.p = 0.0
     model.norm.running_mean.fill_(3.0)
     evidence = gather(model, batches)
     assert [layer.path for layer in evidence.layers] == ["norm", "head"]
     assert (evidence.batches, evidence.uncalled) == (4, [])
     norm, head = evidence.layers
     with torch.no_grad():
-        for batch, own, means in zip(batches, norm.batches, evidence.samples, strict=True):
+        for batch, own, seen in zip(batches, norm.batches, evidence.samples, strict=True):
             x = model.conv(batch).double().numpy()
             np.testing.assert_allclose(own.mean, x.mean((0, 2, 3)), atol=1e-6)
             np.testing.assert_allclose(own.var(), x.var((0, 2, 3)), atol=1e-6)
-            np.testing.assert_allclose(means, x.mean((2, 3)), atol=1e-6)
-        # in training mode, dropout off: the head is given means of normalized, rectified values
+            # of the model's input, 4 × 4 means of each channel of 6 × 6
+            corner = batch[:, 0, :2, :2].mean((1, 2))
+            np.testing.assert_allclose(seen[:, 0], corner, atol=1e-6)
+            assert seen.shape == (6, 3 * 4 * 4)
+        # in training mode: the head is given means of normalized, rectified values
         x = model.conv(batches[0])
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
         z = torch.relu((x - mean) / (var + 1e-5).sqrt())
@@ -98,7 +102,7 @@ def test_what_it_holds_is_its_own(seeded):
             return y
 
     model, batches = InPlace(), list(torch.randn(4, 8, 3, dtype=torch.float64))
-    want = [batch.clone() for batch in batches]
+    want = [batch.float().double() for batch in batches]
     evidence = gather(model, batches)
     (norm,) = evidence.layers
     model.norm.running_mean.fill_(7.0)
@@ -198,6 +202,14 @@ class Twice(nn.Module):
         return sum(self.norm(x * self.scale**i + self.shift * i) for i in range(self.times))
 
 
+class Unnormalized(Twice):
+    """The same without anything that both calls would have to share."""
+
+    def __init__(self):
+        super().__init__(shift=3.0)
+        self.norm = nn.BatchNorm1d(8, affine=False, track_running_stats=False)
+
+
 class Causal(nn.Module):
     """Each output sees the inputs up to its own position, and in training the batch norm's."""
 
@@ -235,6 +247,54 @@ class OverChannels(nn.Module):
 
 def sequences(k=4):
     return list(torch.randn(k, 6, 4, 12))
+
+
+class Contrast(nn.Module):
+    """Answers each sample beside the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return x @ x.T
+
+
+class Neighbours(nn.Module):
+    """A graph convolution: each row becomes a mean of some of the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return self.norm(torch.ones(len(x), len(x)) @ x / len(x) + 0.1 * x)
+
+
+class Recurrent(nn.Module):
+    """Causal, with dropout that is no module, and a batch norm that is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = Causal(nn.BatchNorm1d(4).eval())
+
+    def forward(self, x):
+        return F.dropout(self.body(x), 0.5, self.training)
+
+
+def after_dropout():
+    """Statistics that were learned with dropout on, as the layer is given its input."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Dropout(0.6), nn.BatchNorm1d(8))
+    batches = normal(n=64)
+    return trained(model, batches), batches
+
+
+def ported():
+    """Trained statistics without their count, as ported weights have them."""
+    layer = nn.Sequential(nn.BatchNorm1d(8))
+    layer[0].running_mean.fill_(5.0)
+    return layer
 
 
 def deployed_at(shift, scale=1.0, model=None):
@@ -284,6 +344,7 @@ def constant(channels):
 
 
 FOUND = [
+    ("BN103", lambda: (ported(), normal())),
     ("BN110", lambda: (two_norms(), normal(n=2))),
     ("BN110", lambda: (nn.BatchNorm1d(8), normal(n=4, k=32))),
     (
@@ -331,6 +392,12 @@ FOUND = [
     ("BN131", lambda: (Forgets(nn.LazyBatchNorm1d()), normal())),
 ]
 SILENT = [
+    ("BN103", after_dropout),
+    ("BN104", lambda: (Contrast(), normal())),
+    ("BN110", lambda: (Twice(shift=5.0), normal(n=16))),  # two calls apart are no noise
+    ("BN123", lambda: (Unnormalized(), normal())),
+    ("BN124", lambda: (Neighbours(), normal())),
+    ("BN129", lambda: (Recurrent(), sequences())),
     ("BN110", lambda: (two_norms(), normal(n=16))),
     ("BN110", lambda: (two_norms(), normal(n=2, k=3))),  # too few to know
     ("BN110", lambda: (BatchNorm2d(8), normal(n=2, positions=(5, 5)))),

@@ -62,12 +62,9 @@ def output_of(result: Any) -> Tensor | None:
 
 
 def set_training(model: nn.Module) -> None:
-    """Training mode where nobody chose otherwise, and dropout off."""
+    """Training mode where nobody chose otherwise."""
     if not any(module.training for module in model.modules()):
         model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.eval()
 
 
 @contextmanager

@@ -57,6 +57,11 @@ class LayerEvidence:
     learns: bool = True
     is_averaged: bool = False
 
+    @property
+    def alike(self) -> list[Moments]:
+        """Of `batches`, those that came from one place, the one that called most often."""
+        return max(self.origins.values(), key=len, default=self.batches)
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -73,8 +78,8 @@ class Evidence:
     - `batches`: how many were run through the model; in a run, the layers' forward passes.
     - `is_run`: whether a training run was watched.
     - `uncalled`: paths of layers that were never called.
-    - `samples`: of each of several batches, features of each sample, (n, features): its means
-      over the positions at the first layer; in a run, of the model's input.
+    - `samples`: of each of several batches, features of each sample that the model was given,
+      (n, features).
     - `companions`: how much, in eval mode, the outputs of half a batch change when the other half
       is taken away, as a part of the largest output; None where a batch cannot be cut in two.
     - `losses`: where a loss was given.

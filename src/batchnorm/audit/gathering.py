@@ -25,6 +25,7 @@ from batchnorm.audit.calling import (
     set_training,
 )
 from batchnorm.audit.evidence import Evidence, LayerEvidence, Losses
+from batchnorm.audit.features import features
 from batchnorm.audit.leakage import leakage
 from batchnorm.audit.profile import GradientNorm
 from batchnorm.moments import Moments
@@ -53,8 +54,8 @@ def gather(
 ) -> Evidence:
     """Run up to `limit` batches through the model, and leave it exactly as it was.
 
-    In training mode, without gradients and with dropout off; modules that were put into eval in
-    a model that trains stay there. Modes, buffers, random state and gradients are put back, also
+    In training mode and without gradients; modules that were put into eval in a model that trains
+    stay there. Modes, buffers, random state and gradients are put back, also
     where the model raises. With a loss, the batches are run in eval mode too, and some of them
     backward; those of `deploy` are run in eval mode.
 
@@ -75,7 +76,7 @@ def gather(
         trained = []
         for batch in batches:
             layers.mask = None if mask is None else mask(batch)
-            with layers.watched(layers.note):
+            with layers.watched(layers.note), _given(model, layers.note_samples):
                 trained.append(_lost(loss, forward(model, batch), batch))
     with left_as_it_was(model):
         evidence.companions = _companions(model.eval(), batches[0], forward)
@@ -134,7 +135,7 @@ class _Layers:
         self.mask: Tensor | None = None
         self._calls: dict[nn.Module, int] = {}  # in the forward pass under way
         self._running = {m: _copies(m.running_mean, m.running_var) for m in self.paths}
-        self._new = {m: _is_untrained(m.num_batches_tracked) for m in self.paths}
+        self._new = {m: _is_new(m) for m in self.paths}
         self._frozen: dict[nn.Module, bool] = {}
 
     def see_modes(self) -> None:
@@ -161,10 +162,14 @@ class _Layers:
         own.batches.append(moments)
         number = self._calls[layer] = self._calls.get(layer, 0) + 1
         own.origins.setdefault(f"call {number} of a pass", []).append(moments)
-        if own is next(iter(self.seen.values())) and number == 1:
-            self.samples.append(x.flatten(2).mean(2) if x.ndim > 2 else x)
         if self.mask is not None and (mask := _resized(self.mask, x)) is not None:
             own.masked.append(Moments.of(x, (0, *range(2, x.ndim)), mask=mask))
+
+    def note_samples(self, x: Tensor) -> None:
+        """What the model itself is given."""
+        seen = features(x)
+        if seen is not None and (not self.samples or self.samples[0].shape[1] == seen.shape[1]):
+            self.samples.append(seen.double().cpu())
 
     def note_deployed(self, layer: TorchBatchNorm, x: Tensor) -> None:
         """What the layer is given where the model is deployed."""
@@ -206,8 +211,23 @@ class _Layers:
         return self.seen[layer]
 
 
-def _is_untrained(batches: Tensor | None) -> bool:
-    return batches is not None and bool(batches == 0)
+def _is_new(layer: TorchBatchNorm) -> bool:
+    """Whether it was never trained; statistics that were ported may come without their count."""
+    mean, var, batches = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    if mean is None or var is None or is_lazy(mean) or (batches is not None and batches != 0):
+        return False
+    return bool((mean == 0).all() & (var == 1).all())
+
+
+def _given(model: nn.Module, note: Callable[[Tensor], None]) -> AbstractContextManager[None]:
+    """Have the first tensor that the model is given noted while the context is open."""
+
+    def hook(model: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        tensors = [x for x in (*given, *named.values()) if isinstance(x, Tensor)]
+        if tensors:
+            note(tensors[0])
+
+    return _removed([model.register_forward_pre_hook(hook, with_kwargs=True)])
 
 
 @contextmanager
@@ -236,6 +256,8 @@ def _companions(model: nn.Module, batch: Any, forward: Forward) -> float | None:
         return None  # it may be called with whole batches alone
     if together is None or alone is None or len(alone) != len(together) // 2 or not len(alone):
         return None
+    if together.shape[1:] != alone.shape[1:]:
+        return None  # each sample is answered beside the others, as contrastive models do
     difference = (together[: len(alone)].double() - alone.double()).abs().max()
     return float(difference / together.double().abs().max().clamp(min=1e-30))
 

@@ -7,12 +7,12 @@ from typing import NamedTuple
 from weakref import ref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from batchnorm.audit.call import Call, TorchBatchNorm
 from batchnorm.audit.evidence import Evidence, LayerEvidence
+from batchnorm.audit.features import features
 from batchnorm.audit.place import is_inside_autograd_function, root_call, trail
 from batchnorm.audit.profile import GradientNorm, Period
 from batchnorm.moments import Moments
@@ -28,7 +28,6 @@ GRADIENTS_EVERY = 20  # of these passes the gradient's norm is taken
 FIRST_GRADIENTS = 3  # and of the first passes, when weights are as they were initialized
 GRADIENTS = 64  # norms kept of a layer; then every second is forgotten
 PERIODS = 100  # modes kept of a model, from the beginning, and as many from the end
-GRID = 4  # an image is remembered as so many by so many means
 
 _NOTE = "history"
 
@@ -301,12 +300,9 @@ class _ModelHistory:
 
     def note_samples(self, origin: str) -> None:
         """Remember what was given to the model whose pass is under way."""
-        x = root_call()[1]
-        if x is None or x.ndim < 2 or len(x) < 2 or not x.is_floating_point():
-            return
-        if origin in self._samples or len(self._samples) < ORIGINS:
-            kept = self._samples.setdefault(origin, deque(maxlen=SAMPLES))
-            kept.append(_features(x.detach()))
+        seen = features(root_call()[1])
+        if seen is not None and (origin in self._samples or len(self._samples) < ORIGINS):
+            self._samples.setdefault(origin, deque(maxlen=SAMPLES)).append(seen)
 
     def samples(self) -> list[Tensor]:
         """Those of the place that called the model most often."""
@@ -372,17 +368,6 @@ def _batch(call: Call, old: tuple[Tensor, Tensor]) -> _Update | _Direct | None:
 
 def _direct(x: Tensor) -> _Direct:
     return _Direct(Moments.of(x.detach(), (0, *range(2, x.ndim))))
-
-
-def _features(x: Tensor) -> Tensor:
-    """Each sample in a few numbers: means over a coarse grid, or the first of its features."""
-    x = x.float()
-    if x.ndim == 2:
-        return x[:, :64].clone()
-    if x.ndim == 4:
-        grid = (min(GRID, x.shape[2]), min(GRID, x.shape[3]))
-        return F.adaptive_avg_pool2d(x[:, :4], grid).flatten(1)
-    return x.flatten(2).mean(2)[:, :64]
 
 
 def _finite(batches: list[_Update | _Direct]) -> list[Moments]:

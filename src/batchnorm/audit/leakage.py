@@ -36,8 +36,8 @@ def leakage(model: nn.Module, batch: Any, forward: Forward) -> Leakage | None:
 
     None where the model is no sequence model that looks at the past alone: where in eval mode the
     outputs have no axis of the input's length, where the later inputs change earlier outputs, or
-    where the earlier inputs do not change later outputs. Modes and buffers are the caller's to
-    put back.
+    where the earlier inputs do not change later outputs. Modes, buffers and random
+    state are the caller's to put back.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -75,10 +75,15 @@ def _effects(
     model: nn.Module, batch: Any, forward: Forward, length: int
 ) -> tuple[float, float] | None:
     """Of later inputs on earlier outputs, and of earlier inputs on later outputs."""
+
+    def outputs(given: Any) -> Tensor | None:
+        torch.manual_seed(0)  # the same dropout in each pass; the caller puts the state back
+        return output_of(forward(model, given))
+
     try:
-        plain = output_of(forward(model, batch))
-        late = output_of(forward(model, _changed(batch, length, late=True)))
-        early = output_of(forward(model, _changed(batch, length, late=False)))
+        plain = outputs(batch)
+        late = outputs(_changed(batch, length, late=True))
+        early = outputs(_changed(batch, length, late=False))
     except Exception:
         return None  # not every input may be changed
     if plain is None or late is None or early is None or plain.shape != late.shape:

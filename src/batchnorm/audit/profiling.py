@@ -29,7 +29,7 @@ def _profile(layer: LayerEvidence) -> LayerProfile:
         weight=None if layer.weight is None else _quantiles(layer.weight),
         dead=None if dead is None else int(dead.sum()),
         distance=running_distance(layer),
-        noise=noise(layer.batches, layer.eps) if layer.batches else None,
+        noise=noise(layer.alike, layer.eps),
         gradients=tuple(layer.gradients),
     )
 

@@ -37,11 +37,12 @@ class LayerState:
 
     @property
     def has_learned(self) -> bool:
-        """Whether γ or β differ between channels, which no initialization makes them."""
-        return any(
-            t is not None and t.numel() > 1 and bool((t != t[0]).any())
-            for t in (self.weight, self.bias)
-        )
+        """Whether β differs between channels, which no initialization makes it; else γ.
+
+        γ alone is drawn at random by some, N(1, 0.02) as in DCGAN.
+        """
+        affine = self.weight if self.bias is None else self.bias
+        return affine is not None and affine.numel() > 1 and bool((affine != affine[0]).any())
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from batchnorm.audit.evidence import Evidence
-from batchnorm.audit.finding import Finding, Severity
-from batchnorm.audit.noise import noise
+from batchnorm.audit.finding import Finding, Severity, in_layers
+from batchnorm.audit.noise import Noise, noise
 from batchnorm.audit.rule import Rule
 
 __all__ = ["NoisyStatistics"]
@@ -54,19 +54,26 @@ class NoisyStatistics(Rule):
     looks_at = "run, batches"
 
     def weigh(self, evidence: Evidence) -> Iterator[Finding]:
-        """One finding for each layer."""
+        """One finding for all layers, the noisiest first."""
+        found: dict[str, Noise] = {}
         for layer in evidence.layers:
-            if layer.is_frozen or layer.is_averaged:
+            measured = noise(layer.alike, layer.eps)
+            if measured is None or layer.is_frozen or layer.is_averaged:
                 continue
-            measured = noise(layer.batches, layer.eps)
-            if measured is not None and measured.value - 2 * measured.error > LARGEST:
-                yield self.found(
-                    Severity.WARNING,
-                    f"each batch's own statistics move an output by {measured.value:.2g} ± "
-                    f"{measured.error:.1g} standard deviations",
-                    [layer.path],
-                    "larger batches, statistics=Renorm(...), layer.freeze() when fine-tuning, or "
-                    "GroupNorm",
-                    noise=measured.value,
-                    error=measured.error,
-                )
+            if measured.value - 2 * measured.error > LARGEST:
+                found[layer.path] = measured
+        if found:
+            paths = sorted(found, key=lambda path: -found[path].value)
+            worst = found[paths[0]]
+            most = "" if len(paths) == 1 else "at most "
+            yield self.found(
+                Severity.WARNING,
+                f"each batch's own statistics move an output by {most}{worst.value:.2g} ± "
+                f"{worst.error:.1g} standard deviations, {in_layers(paths)}",
+                paths,
+                "larger batches, statistics=Renorm(...), layer.freeze() when fine-tuning, or "
+                "GroupNorm",
+                noise=worst.value,
+                error=worst.error,
+                layers=float(len(paths)),
+            )

@@ -54,7 +54,8 @@ class TwoDistributions(Rule):
     def weigh(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for each layer, of the two origins that lie furthest apart."""
         for layer in evidence.layers:
-            worst = None if layer.is_averaged else _furthest(layer)
+            # without running statistics there is nothing that has to fit both
+            worst = None if layer.is_averaged or layer.mixes_in_eval else _furthest(layer)
             if worst is None:
                 continue
             one, other, d = worst
