@@ -510,3 +510,44 @@ def test_a_model_without_data_switches_no_rule_off(norm):
     report = probe.report()
     assert report.disabled == {}
     assert [f.code for f in report.findings] == ["BN103"]
+
+
+def test_an_output_that_is_saved_warns_of_nothing(tmp_path):
+    layer = nn.BatchNorm1d(3)
+    with Probe() as probe:
+        y = layer(torch.randn(4, 3))
+        torch.save(y, tmp_path / "y.pt")
+    assert probe.report().disabled == {}
+    assert torch.equal(torch.load(tmp_path / "y.pt"), y)
+
+
+def test_a_history_that_fails_in_a_backward_pass_leaves_the_run_alone(monkeypatch):
+    def fails(*arguments):
+        raise ArithmeticError("no norm")
+
+    layer = nn.BatchNorm1d(3)
+    x = torch.randn(4, 3, requires_grad=True)
+    monkeypatch.setattr("batchnorm.audit.layer_history.LayerHistory.note_gradient", fails)
+    with Probe() as probe:
+        layer(x).square().sum().backward()
+    report = probe.report()
+    assert x.grad is not None
+    assert report.disabled["BN103"] == "ArithmeticError: no norm"
+    assert "BN108" not in report.disabled  # it looks for itself
+
+
+@pytest.mark.parametrize("change", [torch.relu_, lambda y: y.mul_(2), lambda y: y.view(-1).add_(1)])
+def test_what_becomes_of_an_output_in_place_is_the_user_s(change):
+    gradients = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        layer = nn.BatchNorm1d(3)
+        x = torch.randn(4, 3, requires_grad=True)
+        with Probe() if watched else nullcontext():
+            y = layer(x)
+            change(y)
+            (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            g.square().sum().backward()
+        gradients.append((g.detach(), x.grad, layer.weight.grad))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.equal(ours, theirs)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from batchnorm import BatchNorm1d, BatchNorm2d, Ghost, Moments, Running
 from batchnorm.audit import Finding, Probe, Severity
 from batchnorm.audit.distance import Distance, distance
-from batchnorm.audit.history import EVERY, KEPT
+from batchnorm.audit.layer_history import EVERY, KEPT
 from batchnorm.audit.noise import FEWEST
 from batchnorm.audit.rules.bn103_stale_statistics import StaleStatistics
 

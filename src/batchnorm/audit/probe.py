@@ -104,8 +104,11 @@ class Probe:
         """What the rules found up to now, worst first."""
         history, evidence = self._history, None
         if history is not None:
-            with torch.no_grad():
-                evidence = history.evidence(self._uncalled())
+            try:
+                with torch.no_grad():
+                    evidence = history.evidence(self._uncalled())
+            except Exception as error:
+                self._disable(history, error)
         looks: list[Look] = []
         for rule in self._rules:
             if rule.code in self._disabled:

@@ -1,0 +1,196 @@
+"""What is remembered of one layer in a training run."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.hooks import unserializable_hook
+
+from batchnorm.audit.call import Call, TorchBatchNorm
+from batchnorm.audit.evidence import LayerEvidence
+from batchnorm.audit.model_history import ModelHistory
+from batchnorm.audit.profile import GradientNorm
+from batchnorm.audit.update import Direct, Update, direct
+from batchnorm.moments import Moments
+
+__all__ = ["EVERY", "KEPT", "LayerHistory"]
+
+EVERY = 5  # one training pass in so many is looked at; odd, where kinds of batches take turns
+KEPT = 8  # batches kept: with EVERY, of the last 40 passes, what a momentum of 0.1 remembers
+ORIGINS = 4  # places that call the layer, of each of which so many are kept too
+GRADIENTS_EVERY = 20  # of these passes the gradient's norm is taken
+FIRST_GRADIENTS = 3  # and of the first passes, when weights are as they were initialized
+GRADIENTS = 64  # norms kept of a layer; then every second is forgotten
+
+
+class LayerHistory:
+    """One layer: its last batches, and its running statistics when they were last used.
+
+    The buffers are held, the layer is not: they are small, and a model that is gone by the end
+    of the run is reported all the same.
+    """
+
+    def __init__(self, call: Call, leads: ModelHistory | None) -> None:
+        layer = call.layer
+        self.path = call.path
+        self.leads = leads
+        self.is_averaged = isinstance(call.root, AveragedModel)
+        self.channels = layer.num_features
+        self.momentum: float | None = layer.momentum
+        self.eps = layer.eps
+        affine = layer.weight if layer.weight is not None else layer.bias
+        self.affine = None if affine is None else ref(affine)
+        self.parameter = 0 if affine is None else id(affine)
+        self.weight: Tensor | None = None
+        self.running: tuple[Tensor, Tensor] | None = None
+        self.version: int | None = None
+        self.calls = 0  # that may have moved the statistics since `version` was read
+        self.passes = 0  # of training
+        self.due = EVERY  # the pass to look at
+        self.batches: deque[Update | Direct] = deque(maxlen=KEPT)
+        self.origins: dict[str, deque[Update | Direct]] = {}
+        self.used: tuple[Tensor, Tensor, list[Update | Direct]] | None = None
+        self.evaluated: deque[Update | Direct] = deque(maxlen=KEPT)
+        self.backwards = 0  # since the last step of an optimizer
+        self.failed: Exception | None = None
+        self.task = -1  # of autograd: the last backward pass
+        self.updates: Counter[int] = Counter()
+        self.decay = 0.0
+        self.learning = self.frozen = 0  # passes looked at
+        self.gradients: list[tuple[int, Tensor]] = []
+        self.gradients_every = GRADIENTS_EVERY
+
+    def refresh(self, call: Call) -> None:
+        """Follow the layer, and forget its batches where somebody else wrote its buffers.
+
+        Statistics that were loaded belong to weights that were loaded with them, and the batches
+        do not. Statistics that were only reset belong to the weights that are here.
+        """
+        mean, var = call.layer.running_mean, call.layer.running_var
+        self.running = None if mean is None or var is None else (mean, var)
+        self.momentum, self.eps = call.layer.momentum, call.layer.eps
+        self.weight = None if call.layer.weight is None else call.layer.weight.detach()
+        version = call.batches_version()
+        if version is not None and self.version is not None:
+            written = version - self.version > self.calls  # a pass writes its counter once
+            if written and not _are_initial(call.layer):
+                self.batches.clear()
+                self.origins.clear()
+        self.version, self.calls = version, 0
+
+    def note_batch(self, batch: Update | Direct, origin: str) -> None:
+        """Keep a batch, and where it came from."""
+        self.batches.append(batch)
+        if origin in self.origins or len(self.origins) < ORIGINS:
+            self.origins.setdefault(origin, deque(maxlen=KEPT)).append(batch)
+
+    def note_use(self) -> None:
+        """Copy what inference uses, the first time after training."""
+        if self.used is None and self.running is not None and self.batches:
+            mean, var = self.running
+            self.used = (mean.clone(), var.clone(), list(self.batches))
+
+    def note_evaluated(self, call: Call) -> None:
+        """Of averaged weights, which never train: what they are given when they are evaluated."""
+        self.passes += 1
+        if self.passes % EVERY == 1 and call.input is not None:
+            self.running = call.layer.running_mean, call.layer.running_var  # type: ignore[assignment]
+            self.evaluated.append(direct(call.input))
+
+    def note_learning(self, layer: TorchBatchNorm) -> None:
+        """Count whether γ or β has a gradient to get."""
+        affine = [p for p in (layer.weight, layer.bias) if p is not None]
+        if not affine or any(p.requires_grad for p in affine):
+            self.learning += 1
+        else:
+            self.frozen += 1
+
+    def listen(self, output: Tensor) -> None:
+        """Count backward passes; of some, take the norm of the gradient."""
+        step = self.passes
+        takes = step <= FIRST_GRADIENTS or step % self.gradients_every == 1
+        if not takes and self.leads is None:
+            return  # the model's first layer counts for all
+
+        def hook(gradient: Tensor) -> None:
+            try:
+                self.note_backward()
+                if takes:
+                    self.note_gradient(step, gradient.detach())
+            except Exception as error:  # the user's backward pass must go on
+                self.failed = error
+
+        unserializable_hook(hook)  # saving the output is to warn of nothing
+        output.register_hook(hook)
+
+    def note_gradient(self, step: int, gradient: Tensor) -> None:
+        """Take the norm; no device is waited for."""
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        self.gradients.append((step, norm))
+        if len(self.gradients) > GRADIENTS:
+            del self.gradients[1::2]
+            self.gradients_every *= 2
+
+    def note_backward(self) -> None:
+        """Count a backward pass; gradients that were dropped before it are no part of the step."""
+        task = torch._C._current_graph_task_id()
+        if task == self.task:
+            return  # a pass through two calls is one pass
+        self.task = task
+        parameter = None if self.affine is None else self.affine()
+        gradient = None if parameter is None else parameter.grad
+        # zeros are looked for where that does not make a device wait
+        if gradient is None or (gradient.device.type == "cpu" and not gradient.any()):
+            self.backwards = 0
+        self.backwards += 1
+
+    def evidence(self) -> LayerEvidence:
+        """At the last evaluation, or now if training went on after it.
+
+        Raises what went wrong in a backward pass.
+        """
+        if self.failed is not None:
+            raise self.failed
+        self.note_use()
+        running, batches = None, list(self.batches)
+        if self.is_averaged and self.evaluated:
+            batches = list(self.evaluated)
+            running = None if self.running is None else _copies(*self.running)
+        elif self.used is not None:
+            mean, var, batches = self.used
+            running = _copies(mean, var)
+        return LayerEvidence(
+            self.path,
+            eps=self.eps,
+            momentum=self.momentum,
+            channels=self.channels,
+            weight=None if self.weight is None else self.weight.double().cpu(),
+            running=running,
+            batches=_finite(batches),
+            origins={origin: _finite(list(kept)) for origin, kept in self.origins.items()},
+            gradients=[GradientNorm(step, float(norm)) for step, norm in self.gradients],
+            updates=self.updates,
+            decay=self.decay,
+            learns=not self.frozen or bool(self.learning),
+            is_averaged=self.is_averaged,
+        )
+
+
+def _finite(batches: list[Update | Direct]) -> list[Moments]:
+    """Their moments; none where the data of one failed, and the statistics kept out of it."""
+    moments = [batch.moments() for batch in batches]
+    whole = all((m.mean.isfinite() & m.m2.isfinite()).all() for m in moments)
+    return moments if whole else []
+
+
+def _copies(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    return mean.double().cpu(), var.double().cpu()
+
+
+def _are_initial(layer: TorchBatchNorm) -> bool:
+    mean, var = layer.running_mean, layer.running_var
+    return mean is None or var is None or bool((mean == 0).all() & (var == 1).all())
