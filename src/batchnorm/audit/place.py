@@ -9,9 +9,10 @@ from pathlib import Path
 from types import FrameType
 
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.autograd.function import FunctionCtx
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from batchnorm.audit.compiled import is_compiled
 
 __all__ = [
     "calling_place",
@@ -23,7 +24,7 @@ __all__ = [
     "trail",
 ]
 
-_WRAPPERS = (DataParallel, DistributedDataParallel, OptimizedModule)
+_WRAPPERS = (DataParallel, DistributedDataParallel)
 _MODULE_CALL = nn.Module._call_impl.__code__
 
 
@@ -80,7 +81,8 @@ def _only_wraps(module: nn.Module) -> bool:
     A module of Lightning is one: below `DistributedDataParallel` its training step is called
     through `forward`.
     """
-    return isinstance(module, _WRAPPERS) or hasattr(module, "training_step")
+    wraps = isinstance(module, _WRAPPERS) or is_compiled(module)
+    return wraps or hasattr(module, "training_step")
 
 
 def is_inside(functions: frozenset[tuple[str, str]]) -> bool:

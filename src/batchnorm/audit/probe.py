@@ -16,7 +16,6 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -27,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from batchnorm.audit.call import Call, TorchBatchNorm
+from batchnorm.audit.compiled import is_compiled, original
 from batchnorm.audit.finding import Report
 from batchnorm.audit.history import History
 from batchnorm.audit.judge import Look, evidence_for, judge
@@ -130,16 +130,16 @@ class Probe:
         )
 
     def _before(self, module: nn.Module, inputs: object) -> None:
-        if not isinstance(module, _SEEN) or _is_traced():
+        if not _is_seen(module) or _is_traced():
             return
         if isinstance(module, TorchBatchNorm):
             x = inputs[0] if isinstance(inputs, tuple) and inputs else None
             self._begin(module, x if isinstance(x, torch.Tensor) else None)
-        elif isinstance(module, OptimizedModule):
+        elif is_compiled(module):
             for layer in _layers_of(module):
                 if layer.training or layer.running_mean is not None:
                     self._begin(layer, None)
-        else:
+        elif isinstance(module, DistributedDataParallel):
             for rule in self._entering:
                 try:
                     rule.entering(module)
@@ -166,11 +166,11 @@ class Probe:
         self._tell(watched.befores, call)
 
     def _after(self, module: nn.Module, inputs: object, output: object) -> None:
-        if not isinstance(module, _SEEN) or _is_traced():
+        if not _is_seen(module) or _is_traced():
             return
         if isinstance(module, TorchBatchNorm):
             self._end(module, output)
-        elif isinstance(module, OptimizedModule):
+        elif is_compiled(module):
             for layer in _layers_of(module):
                 self._end(layer, None)
 
@@ -224,7 +224,7 @@ class Probe:
             return None
         key = id(layer)
         root = root_module() if self._only is None else self._only
-        root = layer if root is None else getattr(root, "_orig_mod", root)
+        root = layer if root is None else original(root)
         path = self._path(layer, root)
         owners: list[Rule | History] = [
             rule
@@ -298,10 +298,11 @@ def watch(
     - `rules`: those that look; by default all that look at a training run.
     - `selection`: what of that to report; see `Selection`.
     """
-    return Probe(rules, selection, getattr(model, "_orig_mod", model))
+    return Probe(rules, selection, original(model))
 
 
-_SEEN = (TorchBatchNorm, OptimizedModule, DistributedDataParallel)
+def _is_seen(module: nn.Module) -> bool:
+    return isinstance(module, (TorchBatchNorm, DistributedDataParallel)) or is_compiled(module)
 
 
 def _layers_of(model: nn.Module) -> list[TorchBatchNorm]:
