@@ -159,3 +159,11 @@ def test_only_batch_norm_s_tensors_are_read(tmp_path, name):
 def _resident():
     with open("/proc/self/statm") as file:  # noqa: PTH123
         return int(file.read().split()[1]) * 4096
+
+
+def test_a_dictionary_that_holds_itself_is_read_once(tmp_path):
+    state = {"norm": dict(nn.BatchNorm1d(3).state_dict())}
+    state["again"] = state
+    torch.save(state, tmp_path / "it.pt")
+    (layer,) = read_checkpoint(tmp_path / "it.pt").layers
+    assert layer.path == "norm"

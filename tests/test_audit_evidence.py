@@ -73,7 +73,7 @@ def test_it_holds_the_moments_of_what_each_layer_is_given(seeded):
     assert (evidence.batches, evidence.uncalled) == (4, [])
     norm, head = evidence.layers
     with torch.no_grad():
-        for batch, own, seen in zip(batches, norm.batches, evidence.samples, strict=True):
+        for batch, own, seen in zip(batches, norm.batches, evidence.samples["norm"], strict=True):
             x = model.conv(batch).double().numpy()
             np.testing.assert_allclose(own.mean, x.mean((0, 2, 3)), atol=1e-6)
             np.testing.assert_allclose(own.var(), x.var((0, 2, 3)), atol=1e-6)
@@ -108,7 +108,7 @@ def test_what_it_holds_is_its_own(seeded):
     model.norm.running_mean.fill_(7.0)
     assert norm.running is not None
     assert norm.running[0].tolist() == [0.0] * 3
-    assert all(map(torch.equal, evidence.samples, want))
+    assert all(map(torch.equal, evidence.samples["norm"], want))
 
 
 @pytest.mark.parametrize(
@@ -590,3 +590,35 @@ def test_a_swapped_momentum_is_a_guess_for_those_who_ask(seeded):
     assert audit(model, selection=Selection(select=("BN11",))).findings == ()
     fine = nn.Sequential(nn.BatchNorm1d(8, momentum=0.3))
     assert audit(fine, selection=Selection(select=("BN117",))).findings == ()
+
+
+def test_a_loader_s_own_random_numbers_are_put_back(seeded):
+    data = torch.utils.data.TensorDataset(torch.randn(64, 8))
+    loader = torch.utils.data.DataLoader(data, batch_size=16, shuffle=True)
+    model, random = two_norms(), torch.get_rng_state()
+    audit(model, loader)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_gradient_is_by_the_output_as_it_left_the_layer(seeded):
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = BatchNorm1d(8)
+
+        def forward(self, x):
+            return self.norm(x).mul_(100.0)
+
+    def loss(output, batch):
+        return output.sum()
+
+    (profile,) = audit(InPlace(), normal(k=3), loss=loss).profiles
+    assert [g.norm for g in profile.gradients] == pytest.approx([100 * (16 * 8) ** 0.5] * 3)
+
+
+def test_batches_of_two_kinds_are_sorted_and_not_stale(seeded):
+    """Their average is what the running statistics are; the kinds are what differs."""
+    batches = [b + 4 * (i % 2) for i, b in enumerate(normal())]
+    found = codes((trained(nn.Sequential(nn.BatchNorm1d(8)), batches), batches))
+    assert "BN124" in found
+    assert "BN103" not in found

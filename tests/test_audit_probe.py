@@ -4,6 +4,7 @@ import copy
 import gc
 import random
 import re
+import threading
 import weakref
 from contextlib import nullcontext
 
@@ -532,7 +533,7 @@ def test_a_history_that_fails_in_a_backward_pass_leaves_the_run_alone(monkeypatc
         layer(x).square().sum().backward()
     report = probe.report()
     assert x.grad is not None
-    assert report.disabled["BN103"] == "ArithmeticError: no norm"
+    assert report.disabled["BN103"] == "RuntimeError: in a backward pass: ArithmeticError: no norm"
     assert "BN108" not in report.disabled  # it looks for itself
 
 
@@ -551,3 +552,104 @@ def test_what_becomes_of_an_output_in_place_is_the_user_s(change):
         gradients.append((g.detach(), x.grad, layer.weight.grad))
     for ours, theirs in zip(*gradients, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_run_in_another_precision_is_watched_as_any_other(dtype):
+    layer = nn.BatchNorm1d(3, dtype=dtype)
+    with Probe() as probe:
+        for _ in range(8):
+            layer(torch.randn(4, 3, dtype=dtype)).square().sum().backward()
+    report = probe.report()
+    assert report.disabled == {}
+    assert len(report.profiles[0].gradients) == 3
+
+
+def test_a_pass_that_failed_keeps_nothing_alive():
+    class Fails(nn.BatchNorm1d):
+        def forward(self, input):
+            raise ValueError("out of memory, say")
+
+    with Probe() as probe:
+        model = nn.Sequential(nn.Linear(3, 3), Fails(3))
+        x = torch.randn(4, 3)
+        gone = weakref.ref(model), weakref.ref(x)
+        with pytest.raises(ValueError, match="out of memory"):
+            model(x)
+        del model, x
+        gc.collect()
+        assert [reference() for reference in gone] == [None, None]
+    assert probe.report().disabled == {}
+
+
+def test_a_layer_pruned_in_mid_run_is_reported_with_what_is_left_of_it():
+    layer = nn.BatchNorm1d(6, momentum=0.001)
+    with Probe() as probe:
+        for channels in (6, 3):
+            if channels == 3:
+                layer.num_features = 3
+                for name in ("weight", "bias"):
+                    setattr(layer, name, nn.Parameter(getattr(layer, name)[:3]))
+                for name in ("running_mean", "running_var"):
+                    setattr(layer, name, getattr(layer, name)[:3])
+            for _ in range(30):
+                layer(torch.randn(8, channels) + 5)
+        report = probe.report()
+    assert report.disabled == {}
+    assert report.profiles[0].channels == 3
+    assert [finding.code for finding in report.findings] == ["BN103"]
+
+
+def test_a_layer_s_own_switch_of_gradients_stays_its_own():
+    class Off(nn.BatchNorm1d):
+        def forward(self, input):
+            torch.set_grad_enabled(False)
+            return super().forward(input)
+
+    with Probe():
+        try:
+            Off(3)(torch.randn(4, 3))
+            assert not torch.is_grad_enabled()
+        finally:
+            torch.set_grad_enabled(True)
+
+
+def test_parameters_that_are_no_leaves_are_left_alone():
+    layer = nn.BatchNorm1d(3)
+    parameters = {name: (p * 1.0) for name, p in layer.named_parameters()}  # fast weights
+    with Probe() as probe:
+        y = torch.func.functional_call(layer, parameters, (torch.randn(4, 3),))
+        y.square().sum().backward()  # warnings are errors
+    assert probe.report().disabled == {}
+
+
+def test_models_in_several_threads_are_watched():
+    def train():
+        for _ in range(20):
+            layer = nn.BatchNorm1d(3)
+            optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+            for _ in range(5):
+                layer(torch.randn(4, 3)).sum().backward()
+                optimizer.step()
+
+    with Probe() as probe:
+        threads = [threading.Thread(target=train) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert probe.report().disabled == {}
+
+
+def test_what_is_remembered_of_very_many_models_is_bounded(monkeypatch):
+    monkeypatch.setattr("batchnorm.audit.history.ROOM", 8)
+    with Probe() as probe:
+        for _ in range(100):
+            layer = nn.BatchNorm1d(3, momentum=0.001)
+            for _ in range(25):
+                layer(torch.randn(8, 3) + 5)
+            del layer
+        assert len(probe._history._layers) <= 256 + 8
+    report = probe.report()
+    assert (report.disabled, len(report.profiles)) == ({}, 100)
+    assert [f.code for f in report.findings].count("BN103") == 100

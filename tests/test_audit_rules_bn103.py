@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from batchnorm import BatchNorm1d, BatchNorm2d, Ghost, Moments, Running
 from batchnorm.audit import Finding, Probe, Severity
 from batchnorm.audit.distance import Distance, distance
-from batchnorm.audit.layer_history import EVERY, KEPT
+from batchnorm.audit.layer_history import EVERY, KEPT, look
 from batchnorm.audit.noise import FEWEST
 from batchnorm.audit.rules.bn103_stale_statistics import StaleStatistics
 
@@ -55,9 +55,10 @@ def expected(mean, var, looked_at, momentum, eps) -> Distance:
     xs = [np.asarray(x, dtype=np.float64) for x in looked_at]
     mean, var = (np.asarray(a, dtype=np.float64) for a in (mean, var))
     everything = np.concatenate(xs)
-    sigma = np.sqrt(np.maximum(everything.var(0), var) + eps)
+    within = np.mean([x.var(0, ddof=1) for x in xs], axis=0)  # what a running variance averages
+    sigma = np.sqrt(np.maximum(within, var) + eps)
     shift = (mean - everything.mean(0)) / sigma
-    stretch = np.log(np.sqrt((var + eps) / (everything.var(0) + eps)))
+    stretch = np.log(np.sqrt((var + eps) / (within + eps)))
     share = 1 / len(xs) + (momentum or 0) / (2 - (momentum or 0))
     means = np.stack([x.mean(0) / sigma for x in xs])
     logs = np.stack([np.log(np.sqrt(x.var(0) + eps)) for x in xs])
@@ -71,7 +72,11 @@ def expected(mean, var, looked_at, momentum, eps) -> Distance:
 
 def looked_at(seen: list[torch.Tensor]) -> list[torch.Tensor]:
     """The batches that the rule keeps of all that were trained on."""
-    return seen[EVERY - 1 :: EVERY][-KEPT:]
+    return [seen[number - 1] for number in looks(len(seen))][-KEPT:]
+
+
+def looks(passes: int) -> list[int]:
+    return [number for number in map(look, range(passes)) if number <= passes]
 
 
 # The distance
@@ -81,7 +86,7 @@ def looked_at(seen: list[torch.Tensor]) -> list[torch.Tensor]:
     ("momentum", "share"), [(0.1, 0.5 + 0.1 / 1.9), (1.0, 1.5), (0.0, 0.5), (None, 0.5)]
 )
 def test_the_distance_of_one_channel_by_hand(momentum, share):
-    # (1, 3) and (3, 5): pooled mean 3 and variance 2; means 2 and 4, each variance 1; the
+    # (1, 3) and (3, 5): pooled mean 3, each unbiased variance 2; means 2 and 4; the
     # running variance, 8, is the larger, so distances are in units of √8
     two = [Moments.of(torch.tensor([[a], [b]]).double(), 0) for a, b in ((1, 3), (3, 5))]
     mean, var = torch.tensor([5.0]).double(), torch.tensor([8.0]).double()
@@ -97,9 +102,9 @@ def test_the_distance_has_no_sign_and_is_a_root_mean_square_over_channels():
     x = torch.tensor([[-1.0, -1.0], [1.0, 1.0]]).double()
     ones = torch.ones(2).double()
     d = distance(3 * torch.tensor([1.0, -1.0]).double(), ones / 4, [Moments.of(x, 0)] * 2, 0.1, 0.0)
-    assert astuple(d) == pytest.approx((3, 0, math.log(2), 0))
+    assert astuple(d) == pytest.approx((3 / math.sqrt(2), 0, math.log(8) / 2, 0))
     d = distance(torch.tensor([3.0, 4.0]).double(), ones, [Moments.of(x, 0)] * 2, 0.1, 0.0)
-    assert astuple(d) == pytest.approx((math.sqrt(12.5), 0, 0, 0))
+    assert astuple(d) == pytest.approx((2.5, 0, math.log(2) / 2, 0))
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.01, None])
@@ -302,7 +307,7 @@ def test_a_layer_that_trains_with_its_running_statistics_is_not_reported(layer):
 
 @BOTH
 def test_fewer_batches_than_show_a_spread_are_not_judged(norm):
-    enough = EVERY * FEWEST
+    enough = look(FEWEST - 1)
     assert watch(norm(4, momentum=0.001), batches(enough - 1)) == []
     assert len(watch(norm(4, momentum=0.001), batches(enough))) == 1
 
@@ -379,7 +384,7 @@ def test_honest_runs_raise_next_to_no_false_alarms(between):
 @BOTH
 def test_data_that_is_no_number_is_not_blamed_on_the_statistics(norm):
     seen = batches(ENOUGH)
-    seen[-1 - ENOUGH % EVERY][0, 0] = math.nan  # a batch that is looked at
+    seen[looks(ENOUGH)[-1] - 1][0, 0] = math.nan  # a batch that is looked at
     layer = norm(4, momentum=0.0)  # torch's own kernel would take the NaN up with any other
     layer.running_mean.fill_(5)
     layer.running_var.fill_(9)

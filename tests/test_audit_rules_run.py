@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -154,6 +155,41 @@ def real_and_fake_with_a_generator() -> None:
         learn.step()
 
 
+def two_phases(norm=nn.BatchNorm1d) -> None:
+    """The same data trained on from two lines, one after the other, at two learning rates."""
+    model = net(norm)
+    fit(model, lr=0.01, call=lambda model, x: model(x))
+    fit(model, lr=0.3, call=lambda model, x: model(x))
+
+
+def short_last_batch() -> None:
+    """258 samples in batches of 64: every fifth batch has two."""
+    fit(net(), batch=lambda step: task(n=64 if step % 5 < 4 else 2), steps=100)
+
+
+def five_calls() -> None:
+    """A critic that learns four times of five, and is frozen in the fifth."""
+    critic = net()
+    optimizer = torch.optim.SGD(critic.parameters(), lr=0.01)
+    for step in range(100):
+        critic.requires_grad_(step % 5 < 4)
+        x = torch.randn(16, 6, requires_grad=True)
+        critic(x).mean().backward()
+        optimizer.step()
+
+
+def compiled_part() -> None:
+    """A block that is compiled by itself, whose layers no hook sees."""
+    model = nn.Sequential(net(), nn.BatchNorm1d(2))
+    model[0].compile(backend="eager")
+    spared["model"] = model
+    with warnings.catch_warnings():
+        # dynamo looks at .grad of what it is given, and hides its warning but from "error"
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+        fit(model, steps=8)
+    torch._dynamo.reset()
+
+
 def siamese(gap: float) -> None:
     """One layer, two calls in a pass of one model."""
 
@@ -258,6 +294,7 @@ FOUND = [
     ("BN107", W, lambda: checkpointed(nn.BatchNorm1d)),
     ("BN107", W, lambda: checkpointed(nn.BatchNorm1d, part=slice(0, 5))),
     ("BN107", W, lambda: checkpointed(nn.BatchNorm1d, momentum=None)),
+    ("BN107", W, lambda: checkpointed(nn.BatchNorm1d, part=slice(0, 2))),  # it ends in the norm
     ("BN110", W, lambda: fit(net(), batch=lambda step: task(n=2))),
     ("BN110", W, lambda: fit(net(BatchNorm1d), batch=lambda step: task(n=3))),
     ("BN110", W, lambda: fit(convolutional(), batch=images(n=2, size=3))),
@@ -286,11 +323,16 @@ FOUND = [
 SILENT = [
     ("BN102", lambda: fit(net())),
     ("BN102", frozen_for_a_while),
+    ("BN102", five_calls),
+    ("BN103", short_last_batch),
+    ("BN110", short_last_batch),
+    ("BN123", two_phases),
+    ("BN123", lambda: two_phases(BatchNorm1d)),
     ("BN102", lambda: fit(nn.Sequential(BatchNorm1d(6).requires_grad_(False).freeze(), net()))),
     ("BN102", lambda: fit(net(affine=False))),
     ("BN105", refreshed_average),
     ("BN105", lambda: evaluated(averaged(use_buffers=True, avg_fn=nearly_the_last))),
-    ("BN105", lambda: evaluated(fit(net()), data=6.0)),
+    ("BN105", lambda: evaluated(averaged(avg_fn=nearly_the_last))),
     ("BN107", lambda: checkpointed(BatchNorm1d)),
     ("BN107", lambda: checkpointed(BatchNorm1d, use_reentrant=True)),
     ("BN107", lambda: fit(net())),
@@ -301,23 +343,21 @@ SILENT = [
     ("BN122", lambda: siamese(gap=0.0)),
     ("BN122", frozen_for_a_while),
     ("BN122", lambda: real_and_fake_with_a_generator()),
-    ("BN122", lambda: evaluated(fit(net()))),
     ("BN123", lambda: real_and_fake(net(), gap=0.0)),
     ("BN123", lambda: siamese(gap=0.0)),
-    ("BN123", lambda: fit(net())),
     ("BN124", lambda: fit(net())),
     ("BN124", lambda: fit(net(), batch=shuffled)),
     ("BN124", lambda: fit(convolutional(), batch=images())),
     ("BN127", lambda: fit(net())),
     ("BN127", lambda: fit(net(affine=False), weight_decay=0.0)),
-    ("BN127", lambda: evaluated(net())),
+    ("BN127", lambda: fit(net(), weight_decay=0.0)),
     ("BN128", lambda: fit(net())),
     ("BN128", lambda: fit(convolutional(), batch=images())),
     ("BN128", lambda: fit(first_norm())),
     ("BN130", lambda: fit(net())),
     ("BN130", lambda: fit(deep(60, shortcut=True), lr=1e-9)),
     ("BN130", lambda: fit(deep(5, shortcut=False))),
-    ("BN131", lambda: fit(spared.setdefault("model", Spare(nn.GroupNorm(1, 3))))),
+    ("BN131", compiled_part),
     ("BN131", lambda: fit(spared.setdefault("model", net()))),
     ("BN131", lambda: fit(Spare(nn.BatchNorm1d(3)))),  # gone by the end: nothing is known of it
 ]
@@ -485,8 +525,8 @@ def test_updates_are_counted_as_they_came():
 def test_the_two_places_are_named():
     (finding, *_) = found("BN123", lambda: real_and_fake(net(), gap=4.0))
     line = real_and_fake.__code__.co_firstlineno
-    assert f"test_audit_rules_run.py:{line + 6} and " in finding.message
-    assert f"test_audit_rules_run.py:{line + 7} give" in finding.message
+    for of_call in (line + 6, line + 7):
+        assert f"test_audit_rules_run.py:{of_call} " in finding.message
 
 
 def test_its_own_advice_helps_against_two_distributions():

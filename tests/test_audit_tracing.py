@@ -7,13 +7,14 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from batchnorm import BatchNorm1d, BatchNorm2d
-from batchnorm.audit import Finding, Severity, audit, check, read_onnx
+from batchnorm.audit import Finding, Selection, Severity, audit, check, read_onnx
 from batchnorm.audit.tracing import graph_of
 
 
@@ -83,7 +84,21 @@ FOUND = [
     ("BN127", lambda: chain(nn.Dropout(0.5), nn.BatchNorm2d(3))),
     ("BN127", lambda: chain(nn.Dropout2d(0.1), conv(bias=False), nn.BatchNorm2d(4))),
 ]
+
+
+class Again(nn.Module):
+    """A block that is called twice, whose convolution feeds its own norm alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(conv(3, 3), nn.BatchNorm2d(3))
+
+    def forward(self, x):
+        return self.block(self.block(x))
+
+
 SILENT = [
+    ("BN119", Again),
     ("BN119", lambda: Branches(shortcut=False)),
     ("BN119", lambda: Shared(own=True)),
     ("BN119", lambda: chain(conv(), nn.BatchNorm2d(4)).eval()),
@@ -137,6 +152,12 @@ def test_it_is_silent_in_one_pass(code, make):
     assert found(code, wrapped, fed(model)) == []
 
 
+def test_a_bias_along_another_axis_is_not_taken_out():
+    model = chain(nn.Linear(6, 5), nn.BatchNorm1d(7))  # features, then a norm over 7 time steps
+    model(torch.randn(4, 7, 6))
+    assert audit(model).findings == ()
+
+
 def test_reading_a_graph_leaves_the_model_as_it_was(seeded):
     model = Undecided(chain(conv(), nn.BatchNorm2d(4), nn.Dropout(0.5)))
     model.model[0].weight.grad = torch.ones_like(model.model[0].weight)
@@ -151,6 +172,42 @@ def test_reading_a_graph_leaves_the_model_as_it_was(seeded):
     assert (model.model[0].weight.grad == 1).all()
     assert not x.requires_grad
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Keeps(nn.Module):
+    """A forward that leaves something behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.calls, self.seen = nn.BatchNorm2d(3), 0, []
+        self.register_buffer("cache", torch.zeros(2))
+        self.register_buffer("made", None)
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = x
+        self.seen.append(x)
+        self.cache = torch.zeros(self.calls + 2)
+        self.made = torch.ones(1)
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("batches", [None, images()])
+def test_what_a_forward_leaves_behind_is_taken_away(batches):
+    model = Keeps()
+    cache = model.cache
+    audit(model, batches)
+    assert (model.calls, model.seen, hasattr(model, "last")) == (0, [], False)
+    assert model.cache is cache
+    assert model.made is None
+    copy.deepcopy(model)
+
+
+def test_a_graph_is_read_where_a_rule_that_was_selected_needs_one():
+    assert audit(Branches(), selection=Selection(select=("BN119",))).graph == "torch.fx"
+    assert audit(Branches(), selection=Selection(select=("BN101",))).graph is None
+    left_out = Selection(modules={"norm": ("BN119",)})
+    assert [f.code for f in audit(Branches(), selection=left_out).findings] == []
 
 
 def test_where_nothing_reads_a_graph_the_rules_that_need_one_do_not_look():
@@ -186,6 +243,20 @@ def test_a_program_exported_in_eval_mode_is_fine(norm, decomposed):
     report = audit(exported(norm, False, decomposed))
     assert [f.code for f in report.findings if f.code == "BN120"] == []
     assert report.graph == "its own graph"
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning")  # PyTorch's own
+@pytest.mark.as_installed
+def test_an_instance_norm_that_is_exported_is_no_batch_norm():
+    model = chain(conv(), nn.InstanceNorm2d(4)).eval()
+    program = torch.export.export(model, (torch.randn(2, 3, 6, 6),)).run_decompositions()
+    assert audit(program).findings == ()
+
+
+@pytest.mark.as_installed
+def test_an_exported_program_is_not_run():
+    with pytest.raises(ValueError, match="read and not run"):
+        audit(exported(), [torch.randn(2, 3, 6, 6)])
 
 
 # ONNX
@@ -298,6 +369,31 @@ def test_a_truncated_onnx_file_is_refused_or_read_in_one_line(tmp_path, keep):
         said = str(error)
     assert "\n" not in said
     assert not said or str(path) in said
+
+
+def test_an_onnx_file_of_odd_parts_is_read_as_far_as_it_goes(tmp_path):
+    path = file(tmp_path, training=1)
+    model = onnx.load(path)
+    inner = helper.make_graph(list(model.graph.node), "then", [], list(model.graph.output))
+    del model.graph.node[:]
+    outer = helper.make_node("If", ["x"], ["z"], name="if", then_branch=inner, else_branch=inner)
+    model.graph.node.append(outer)
+    path.write_bytes(model.SerializeToString())
+    state, graph = read_onnx(path)
+    assert [layer.path for layer in state.layers] == ["norm", "norm"]
+    assert [f.code for f in check([state], graphs=[graph]).findings] == ["BN120"]
+
+    model = onnx.load(file(tmp_path))
+    model.graph.initializer[0].data_type = 99
+    norm = model.graph.node[1]
+    norm.ClearField("name")
+    del norm.output[:]
+    path.write_bytes(model.SerializeToString())
+    (layer,) = read_onnx(path)[0].layers
+    assert (layer.path, layer.weight) == ("BatchNormalization", None)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="holds no graph"):
+        read_onnx(path)
 
 
 def test_no_onnx_file_is_refused(tmp_path):

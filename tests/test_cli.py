@@ -510,6 +510,7 @@ def test_pyproject_says_what_the_command_line_leaves_open(batchnorm, folder):
         ('per-module-ignores = ["a"]', ["per-module-ignores is a table"]),
         ('ignore = ["BN9"]', ["no rule's code begins with BN9"]),
         ("select = [", ["cannot read", "pyproject.toml"]),
+        ('a = 1\n[tool]\nbatchnorm = ""', ["pyproject.toml"]),
     ],
 )
 def test_settings_that_are_none_are_refused_before_anything_runs(batchnorm, settings, words):
@@ -620,3 +621,12 @@ def test_memory_stands_alone(batchnorm):
     script(TRAINED, name="it.py")
     for words in (["--strict"], ["-o", "r.json"], ["--data", "it.py:data"], ["--select", "BN1"]):
         refused(batchnorm("check", "it.py:model", "--memory", "--input", "2,4", *words), "alone")
+
+
+def test_a_terminal_without_greek_is_printed_to(folder):
+    script("from torch import nn\nmodel = nn.BatchNorm1d(3).requires_grad_(False)\n", name="it.py")
+    for words in ([], ["--format", "github"]):
+        command = [sys.executable, "-m", "batchnorm", "check", "it.py:model", *words]
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        result = subprocess.run(command, capture_output=True, env=environment, check=True)
+        assert b"\\u03b3 and \\u03b2 frozen" in result.stdout

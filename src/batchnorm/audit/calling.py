@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-__all__ = ["Forward", "call", "half", "left_as_it_was", "output_of", "set_training", "with_tensors"]
+__all__ = ["Forward", "call", "half", "output_of", "set_training", "with_tensors"]
 
 Forward = Callable[[nn.Module, Any], Any]
 """How to call a model with a batch."""
@@ -65,23 +62,6 @@ def set_training(model: nn.Module) -> None:
     """Training mode where nobody chose otherwise."""
     if not any(module.training for module in model.modules()):
         model.train()
-
-
-@contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put modes, buffers and random state back, whatever happens; record no gradients."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: b.clone() for name, b in model.named_buffers() if not is_lazy(b)}
-    devices = sorted({b.device.index or 0 for b in model.parameters() if b.device.type == "cuda"})
-    with torch.random.fork_rng(devices), torch.no_grad():
-        try:
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
-            for name, buffer in model.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
 
 
 def _is_dataclass(value: Any) -> bool:

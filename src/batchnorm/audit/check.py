@@ -16,11 +16,12 @@ from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Report
 from batchnorm.audit.gathering import LIMIT, Loss, Mask, gather
 from batchnorm.audit.graph import Graph
-from batchnorm.audit.judge import Look, evidence_for, judge, state_for
+from batchnorm.audit.judge import Look, evidence_for, graph_for, judge, state_for
 from batchnorm.audit.profiling import profiles_of
 from batchnorm.audit.rule import Rule
 from batchnorm.audit.rules import RULES
 from batchnorm.audit.selection import Selection
+from batchnorm.audit.snapshot import left_as_it_was
 from batchnorm.audit.state import State, state_of
 from batchnorm.audit.tracing import graph_of
 
@@ -68,12 +69,16 @@ def audit(
     Raises what the model raises, and `ValueError` for an iterable without batches.
     """
     name = name or type(model).__name__
+    selection = selection or Selection()
     if isinstance(model, ExportedProgram):
+        if batches is not None:
+            raise ValueError("an exported program is read and not run; give the model for batches")
         model = model.module()
     first: Any = None
     evidence = None
     if batches is not None:
-        batches = list(islice(batches, LIMIT))
+        with left_as_it_was(model):  # a loader draws random numbers
+            batches = list(islice(batches, LIMIT))
         first = batches[0] if batches else None
         evidence = gather(model, batches, forward, loss=loss, mask=mask, deploy=deploy)
     elif deploy is not None or loss is not None or mask is not None:
@@ -81,7 +86,7 @@ def audit(
     if isinstance(reference, nn.Module):
         reference = state_of(reference, type(reference).__name__)
     rules = list(rules)
-    needs_graph = any(rule.read is not Rule.read for rule in rules)
+    needs_graph = any(r.read is not Rule.read and selection.looks(r.code) for r in rules)
     graph = graph_of(model, first, forward) if needs_graph else None
     return check(
         [state_of(model, name)],
@@ -142,7 +147,7 @@ def _looks(
             yield rule, partial(_named, prefix, rule.compare, seen, reference)
     if kind.read is not Rule.read:
         for graph in graphs:
-            yield rule, partial(rule.read, graph)
+            yield rule, partial(rule.read, graph_for(code, graph, selection))
     if kind.weigh is not Rule.weigh and evidence is not None:
         yield rule, partial(rule.weigh, evidence_for(code, evidence, selection))
 

@@ -92,13 +92,18 @@ def _unpickled(path: Path) -> object:
         raise ValueError(f"cannot read {path}: {_said(error)}") from error
 
 
-def _tensors(found: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested dictionaries, by its keys."""
-    if isinstance(found, Tensor):
-        yield prefix, found
-    elif isinstance(found, Mapping):
-        for key, value in found.items():
-            yield from _tensors(value, f"{prefix}.{key}" if prefix else str(key))
+def _tensors(found: object) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested dictionaries, by its keys; in one that holds itself, once."""
+    seen: set[int] = set()
+    ahead: list[tuple[str, object]] = [("", found)]
+    while ahead:
+        path, value = ahead.pop()
+        if isinstance(value, Tensor):
+            yield path, value
+        elif isinstance(value, Mapping) and id(value) not in seen:
+            seen.add(id(value))
+            entries = [(f"{path}.{key}" if path else str(key), each) for key, each in value.items()]
+            ahead.extend(reversed(entries))
 
 
 def _layers(tensors: Mapping[str, Tensor]) -> tuple[LayerState, ...]:

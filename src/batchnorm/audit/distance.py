@@ -52,7 +52,7 @@ def distance(
     momentum: float | None,
     eps: float,
 ) -> Distance:
-    """The distance of a running mean and variance from the batches pooled.
+    """The distance of a running mean and variance from the batches' means and variances.
 
     The sampling error comes from the spread between the batches: of their average, s/√k, and of
     a running average with momentum m, s·√(m/(2 − m)), which together are what two honest
@@ -60,15 +60,17 @@ def distance(
     """
     k = len(batches)
     pooled = Moments.merge(batches)
+    # what a running variance averages: not the spread between batches of different kinds
+    within = torch.stack([b.m2 / (b.count - 1).clamp(min=1) for b in batches]).mean(0)
     m = momentum or 0.0
     share = 1 / k + m / (2 - m)
     # by the larger spread: a channel that was silent in these few batches has none of its own
-    sigma = (torch.maximum(pooled.var(), var) + eps).sqrt()
+    sigma = (torch.maximum(within, var) + eps).sqrt()
     shift = (mean - pooled.mean) / sigma
     means = torch.stack([b.mean for b in batches]) / sigma
     # and what a silent channel's variance should be, these batches do not say
-    heard = pooled.var() > eps / 10
-    stretch = ((var + eps).log() - (pooled.var() + eps).log())[heard] / 2
+    heard = within > eps / 10
+    stretch = ((var + eps).log() - (within + eps).log())[heard] / 2
     logs = torch.stack([(b.var() + eps).log()[heard] / 2 for b in batches])
     return Distance(
         _rms(shift), _rms(means.std(0)) * share**0.5, _rms(stretch), _rms(logs.std(0)) * share**0.5

@@ -11,7 +11,15 @@ from batchnorm.audit.leakage import Leakage
 from batchnorm.audit.profile import GradientNorm
 from batchnorm.moments import Moments
 
-__all__ = ["Evidence", "LayerEvidence", "Losses"]
+__all__ = ["Evidence", "LayerEvidence", "Losses", "Origin"]
+
+
+@dataclass(eq=False)
+class Origin:
+    """The batches of a layer that came from one place, and the numbers of their passes."""
+
+    batches: list[Moments] = field(default_factory=list)
+    passes: list[int] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -48,7 +56,7 @@ class LayerEvidence:
     is_new: bool = False
     mixes_in_eval: bool = False
     batches: list[Moments] = field(default_factory=list)
-    origins: dict[str, list[Moments]] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)
     masked: list[Moments] = field(default_factory=list)
     deployed: list[Moments] = field(default_factory=list)
     gradients: list[GradientNorm] = field(default_factory=list)
@@ -60,7 +68,8 @@ class LayerEvidence:
     @property
     def alike(self) -> list[Moments]:
         """Of `batches`, those that came from one place, the one that called most often."""
-        return max(self.origins.values(), key=len, default=self.batches)
+        kinds = [origin.batches for origin in self.origins.values()]
+        return max(kinds, key=len, default=self.batches)
 
 
 @dataclass(frozen=True)
@@ -78,8 +87,8 @@ class Evidence:
     - `batches`: how many were run through the model; in a run, the layers' forward passes.
     - `is_run`: whether a training run was watched.
     - `uncalled`: paths of layers that were never called.
-    - `samples`: of each of several batches, features of each sample that the model was given,
-      (n, features).
+    - `samples`: of each of several batches, features of each sample that a model was given,
+      (n, features), by the path of the model's first layer.
     - `companions`: how much, in eval mode, the outputs of half a batch change when the other half
       is taken away, as a part of the largest output; None where a batch cannot be cut in two.
     - `losses`: where a loss was given.
@@ -90,7 +99,7 @@ class Evidence:
     batches: int
     is_run: bool = False
     uncalled: list[str] = field(default_factory=list)
-    samples: list[Tensor] = field(default_factory=list)
+    samples: dict[str, list[Tensor]] = field(default_factory=dict)
     companions: float | None = None
     losses: Losses | None = None
     leakage: Leakage | None = None

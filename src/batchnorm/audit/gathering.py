@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
@@ -20,14 +21,14 @@ from batchnorm.audit.calling import (
     Forward,
     call,
     half,
-    left_as_it_was,
     output_of,
     set_training,
 )
-from batchnorm.audit.evidence import Evidence, LayerEvidence, Losses
+from batchnorm.audit.evidence import Evidence, LayerEvidence, Losses, Origin
 from batchnorm.audit.features import features
 from batchnorm.audit.leakage import leakage
 from batchnorm.audit.profile import GradientNorm
+from batchnorm.audit.snapshot import left_as_it_was
 from batchnorm.moments import Moments
 
 __all__ = ["LIMIT", "Loss", "Mask", "gather", "label_loss"]
@@ -62,10 +63,11 @@ def gather(
     Raises what the model raises, and `ValueError` where there are no batches.
     """
     forward = forward or call
-    batches = list(islice(batches, limit))
+    with left_as_it_was(model):  # a loader draws random numbers
+        batches = list(islice(batches, limit))
+        deployed = [] if deploy is None else list(islice(deploy, limit))
     if not batches:
         raise ValueError("there are no batches to look at; the iterable was empty")
-    deployed = [] if deploy is None else list(islice(deploy, limit))
     if deploy is not None and not deployed:
         raise ValueError("there are no batches of deployment to look at; the iterable was empty")
     layers = _Layers(model)
@@ -97,7 +99,8 @@ def gather(
             forward(model, batch)
     evidence.layers = list(layers.seen.values())
     evidence.uncalled = [path for layer, path in layers.paths.items() if layer not in layers.seen]
-    evidence.samples = layers.samples
+    if evidence.layers:
+        evidence.samples = {evidence.layers[0].path: layers.samples}
     return evidence
 
 
@@ -134,6 +137,7 @@ class _Layers:
         self.samples: list[Tensor] = []
         self.mask: Tensor | None = None
         self._calls: dict[nn.Module, int] = {}  # in the forward pass under way
+        self._passes = 0
         self._running = {m: _copies(m.running_mean, m.running_var) for m in self.paths}
         self._new = {m: _is_new(m) for m in self.paths}
         self._frozen: dict[nn.Module, bool] = {}
@@ -153,6 +157,7 @@ class _Layers:
                 note(layer, inputs[0])
 
         self._calls.clear()
+        self._passes += 1
         return _removed([layer.register_forward_pre_hook(hook) for layer in self.paths])
 
     def note(self, layer: TorchBatchNorm, x: Tensor) -> None:
@@ -161,7 +166,9 @@ class _Layers:
         own, moments = self._of(layer, x), _moments(x)
         own.batches.append(moments)
         number = self._calls[layer] = self._calls.get(layer, 0) + 1
-        own.origins.setdefault(f"call {number} of a pass", []).append(moments)
+        origin = own.origins.setdefault(f"call {number} of a pass", Origin())
+        origin.batches.append(moments)
+        origin.passes.append(self._passes)
         if self.mask is not None and (mask := _resized(self.mask, x)) is not None:
             own.masked.append(Moments.of(x, (0, *range(2, x.ndim)), mask=mask))
 
@@ -177,11 +184,12 @@ class _Layers:
 
     def differentiate(self, step: int, loss: Callable[[], Tensor]) -> None:
         """Note the norm of the loss's gradient by each layer's output; no `.grad` is written."""
-        outputs: dict[nn.Module, Tensor] = {}
+        outputs: dict[nn.Module, GradientEdge] = {}
 
         def hook(layer: nn.Module, inputs: object, output: Any) -> None:
             if isinstance(output, Tensor) and output.requires_grad:
-                outputs[layer] = output
+                # the output as it is now: the model may go on to change it in place
+                outputs[layer] = get_gradient_edge(output)
 
         with _removed([layer.register_forward_hook(hook) for layer in self.paths]):
             value = loss()

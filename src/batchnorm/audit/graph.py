@@ -30,6 +30,16 @@ class Node:
     uses_batch: bool | None = None
 
     @property
+    def is_norm(self) -> bool:
+        """Whether it normalizes."""
+        return isinstance(self.module, TorchBatchNorm) or self.uses_batch is not None
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a convolution or a linear layer."""
+        return isinstance(self.module, (nn.modules.conv._ConvNd, nn.Linear))
+
+    @property
     def source(self) -> Node | None:
         """What gave the first input."""
         return self.inputs[0] if self.inputs else None
@@ -50,6 +60,11 @@ class Graph:
         for node in self.nodes:
             if isinstance(node.module, TorchBatchNorm):
                 yield node, node.module
+
+    def feeds(self, module: nn.Module) -> set[TorchBatchNorm]:
+        """The batch norms that take a module's output."""
+        fed = ((node.source, norm) for node, norm in self.norms())
+        return {norm for source, norm in fed if source is not None and source.module is module}
 
     def calls(self, module: nn.Module) -> int:
         """How often a module is called."""

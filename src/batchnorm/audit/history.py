@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 
 from batchnorm.audit.call import Call
-from batchnorm.audit.evidence import Evidence
-from batchnorm.audit.layer_history import EVERY, LayerHistory
+from batchnorm.audit.evidence import Evidence, LayerEvidence
+from batchnorm.audit.layer_history import LayerHistory
 from batchnorm.audit.model_history import ModelHistory
 from batchnorm.audit.place import is_inside_autograd_function, trail
 from batchnorm.audit.profile import Period
 from batchnorm.audit.update import update
 
 __all__ = ["History"]
+
+ROOM = 256  # layers more than live, before those that are gone are put away
+GONE = 2048  # of which so many are remembered
 
 _NOTE = "history"
 
@@ -23,6 +28,8 @@ class History:
     def __init__(self) -> None:
         self._layers: dict[int, LayerHistory] = {}
         self._models: dict[str, ModelHistory] = {}  # by name, of which each model has its own
+        self._gone: deque[LayerEvidence] = deque(maxlen=GONE)
+        self._room = ROOM
         self._calls = 0
 
     def before(self, call: Call) -> None:
@@ -40,6 +47,7 @@ class History:
             if call.has_gradients or is_inside_autograd_function():
                 own.used = None
                 own.passes += 1
+                own.note_learning(call.layer)
                 if own.passes >= own.due:
                     own.refresh(call)
                     call.notes[_NOTE] = own.version, call.running_statistics()
@@ -65,13 +73,10 @@ class History:
         # a checkpoint's recomputation moves nothing: look at the next pass instead
         if version is not None and version == call.batches_version():
             return
-        own.due = own.passes + EVERY
-        own.note_learning(call.layer)
         origin = trail()
         batch = update(call, old)
-        if batch is None:
-            return
-        own.note_batch(batch, origin)
+        if batch is not None:
+            own.note_batch(batch, origin)
         if own.leads is not None:
             own.leads.note_samples(origin)
 
@@ -80,15 +85,25 @@ class History:
         name = call.path.partition(".")[0]
         if name not in self._models:  # of a model's layers the first to be called
             model = self._models[name] = ModelHistory(name)
+        if len(self._layers) >= self._room:
+            self._put_away()
         own = self._layers[call.number] = LayerHistory(call, model)
         return own
+
+    def _put_away(self) -> None:
+        """Of layers that are gone, keep what is weighed alone, and of very many the latest."""
+        for number, own in list(self._layers.items()):
+            if own.layer() is None:
+                self._gone.append(own.evidence())
+                del self._layers[number]
+        self._room = len(self._layers) + ROOM
 
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """Note, at an optimizer's step, what its layers computed since its last."""
         mine = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        for own in self._layers.values():
+        for own in list(self._layers.values()):
             group = mine.get(own.parameter)
-            if group is None:
+            if group is None or own.affine is None or own.affine() is None:
                 continue
             if own.backwards:
                 own.updates[own.backwards] += 1
@@ -97,15 +112,15 @@ class History:
 
     def evidence(self, uncalled: list[str]) -> Evidence:
         """What the rules weigh: the run as it stands now."""
-        samples = max((m.samples() for m in self._models.values()), key=len, default=[])
+        layers = list(self._layers.values())
         return Evidence(
-            [own.evidence() for own in self._layers.values()],
+            [*self._gone, *(own.evidence() for own in layers)],
             batches=self._calls,
             is_run=True,
             uncalled=uncalled,
-            samples=samples,
+            samples={own.path: own.leads.samples() for own in layers if own.leads is not None},
         )
 
     def timeline(self) -> tuple[Period, ...]:
         """The modes of every model, one model after the other."""
-        return tuple(period for m in self._models.values() for period in m.periods())
+        return tuple(period for m in list(self._models.values()) for period in m.periods())

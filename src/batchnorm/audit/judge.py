@@ -9,11 +9,12 @@ import torch
 
 from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding
+from batchnorm.audit.graph import Graph
 from batchnorm.audit.rule import Rule
 from batchnorm.audit.selection import Selection
 from batchnorm.audit.state import State
 
-__all__ = ["Look", "evidence_for", "judge", "state_for"]
+__all__ = ["Look", "evidence_for", "graph_for", "judge", "state_for"]
 
 Look = tuple[Rule, Callable[[], Iterable[Finding]]]
 """A rule, and how it is asked for its findings."""
@@ -41,6 +42,15 @@ def state_for(code: str, state: State, selection: Selection) -> State:
     return replace(state, layers=kept)
 
 
+def graph_for(code: str, graph: Graph, selection: Selection) -> Graph:
+    """The graph without the batch norms that a rule is to leave out."""
+    if not selection.modules:
+        return graph
+    nodes = graph.nodes
+    kept = [n for n in nodes if not (n.is_norm and selection.ignores(code, n.name))]
+    return Graph(graph.read_by, kept)
+
+
 def evidence_for(code: str, evidence: Evidence, selection: Selection) -> Evidence:
     """The evidence without the layers that a rule is to leave out."""
     if not selection.modules:
@@ -48,5 +58,6 @@ def evidence_for(code: str, evidence: Evidence, selection: Selection) -> Evidenc
     return replace(
         evidence,
         layers=[e for e in evidence.layers if not selection.ignores(code, e.path)],
+        samples={p: s for p, s in evidence.samples.items() if not selection.ignores(code, p)},
         uncalled=[path for path in evidence.uncalled if not selection.ignores(code, path)],
     )

@@ -6,25 +6,35 @@ from collections import Counter, deque
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import unserializable_hook
 
 from batchnorm.audit.call import Call, TorchBatchNorm
-from batchnorm.audit.evidence import LayerEvidence
+from batchnorm.audit.evidence import LayerEvidence, Origin
 from batchnorm.audit.model_history import ModelHistory
 from batchnorm.audit.profile import GradientNorm
 from batchnorm.audit.update import Direct, Update, direct
 from batchnorm.moments import Moments
 
-__all__ = ["EVERY", "KEPT", "LayerHistory"]
+__all__ = ["EVERY", "KEPT", "LayerHistory", "look"]
 
-EVERY = 5  # one training pass in so many is looked at; odd, where kinds of batches take turns
+EVERY = 5  # one training pass in so many is looked at
 KEPT = 8  # batches kept: with EVERY, of the last 40 passes, what a momentum of 0.1 remembers
 ORIGINS = 4  # places that call the layer, of each of which so many are kept too
 GRADIENTS_EVERY = 20  # of these passes the gradient's norm is taken
 FIRST_GRADIENTS = 3  # and of the first passes, when weights are as they were initialized
 GRADIENTS = 64  # norms kept of a layer; then every second is forgotten
+
+
+def look(number: int) -> int:
+    """The pass, from 1, that is looked at as the `number`th, from 0: one of every five.
+
+    Which of the five moves by the golden ratio, so that what repeats every few passes (the last
+    batch of an epoch, real and generated batches in turn) is seen at all its phases.
+    """
+    return EVERY * number + int(EVERY * ((number + 0.5) * 0.618034 % 1)) + 1
 
 
 class LayerHistory:
@@ -37,6 +47,7 @@ class LayerHistory:
     def __init__(self, call: Call, leads: ModelHistory | None) -> None:
         layer = call.layer
         self.path = call.path
+        self.layer = ref(layer)
         self.leads = leads
         self.is_averaged = isinstance(call.root, AveragedModel)
         self.channels = layer.num_features
@@ -50,13 +61,13 @@ class LayerHistory:
         self.version: int | None = None
         self.calls = 0  # that may have moved the statistics since `version` was read
         self.passes = 0  # of training
-        self.due = EVERY  # the pass to look at
+        self.due = look(0)  # the pass to look at
         self.batches: deque[Update | Direct] = deque(maxlen=KEPT)
-        self.origins: dict[str, deque[Update | Direct]] = {}
+        self.origins: dict[str, deque[tuple[int, Update | Direct]]] = {}
         self.used: tuple[Tensor, Tensor, list[Update | Direct]] | None = None
         self.evaluated: deque[Update | Direct] = deque(maxlen=KEPT)
         self.backwards = 0  # since the last step of an optimizer
-        self.failed: Exception | None = None
+        self.failed = ""
         self.task = -1  # of autograd: the last backward pass
         self.updates: Counter[int] = Counter()
         self.decay = 0.0
@@ -71,22 +82,34 @@ class LayerHistory:
         do not. Statistics that were only reset belong to the weights that are here.
         """
         mean, var = call.layer.running_mean, call.layer.running_var
+        if mean is not None and mean.numel() != self.channels:  # pruned
+            self.channels = mean.numel()
+            self.forget()
         self.running = None if mean is None or var is None else (mean, var)
         self.momentum, self.eps = call.layer.momentum, call.layer.eps
         self.weight = None if call.layer.weight is None else call.layer.weight.detach()
         version = call.batches_version()
         if version is not None and self.version is not None:
-            written = version - self.version > self.calls  # a pass writes its counter once
+            # a pass writes its counter once; a broadcast of rank 0's writes it too
+            written = version - self.version > self.calls and not _is_broadcast(call.root)
             if written and not _are_initial(call.layer):
-                self.batches.clear()
-                self.origins.clear()
+                self.forget()
         self.version, self.calls = version, 0
 
+    def forget(self) -> None:
+        """Forget batches that belong to other weights or statistics."""
+        self.batches.clear()
+        self.origins.clear()
+        self.evaluated.clear()
+        self.used = None
+
     def note_batch(self, batch: Update | Direct, origin: str) -> None:
-        """Keep a batch, and where it came from."""
+        """Keep a batch, and where it came from; then wait for the next to look at."""
+        self.due = look((self.passes - 1) // EVERY + 1)
         self.batches.append(batch)
         if origin in self.origins or len(self.origins) < ORIGINS:
-            self.origins.setdefault(origin, deque(maxlen=KEPT)).append(batch)
+            kept = self.origins.setdefault(origin, deque(maxlen=KEPT))
+            kept.append((self.passes, batch))
 
     def note_use(self) -> None:
         """Copy what inference uses, the first time after training."""
@@ -97,8 +120,9 @@ class LayerHistory:
     def note_evaluated(self, call: Call) -> None:
         """Of averaged weights, which never train: what they are given when they are evaluated."""
         self.passes += 1
-        if self.passes % EVERY == 1 and call.input is not None:
-            self.running = call.layer.running_mean, call.layer.running_var  # type: ignore[assignment]
+        if self.passes >= self.due and call.input is not None:
+            self.due = look((self.passes - 1) // EVERY + 1)
+            self.refresh(call)
             self.evaluated.append(direct(call.input))
 
     def note_learning(self, layer: TorchBatchNorm) -> None:
@@ -122,14 +146,15 @@ class LayerHistory:
                 if takes:
                     self.note_gradient(step, gradient.detach())
             except Exception as error:  # the user's backward pass must go on
-                self.failed = error
+                self.failed = f"{type(error).__name__}: {error}"
 
         unserializable_hook(hook)  # saving the output is to warn of nothing
         output.register_hook(hook)
 
     def note_gradient(self, step: int, gradient: Tensor) -> None:
         """Take the norm; no device is waited for."""
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(gradient, dtype=dtype)
         self.gradients.append((step, norm))
         if len(self.gradients) > GRADIENTS:
             del self.gradients[1::2]
@@ -142,7 +167,7 @@ class LayerHistory:
             return  # a pass through two calls is one pass
         self.task = task
         parameter = None if self.affine is None else self.affine()
-        gradient = None if parameter is None else parameter.grad
+        gradient = parameter.grad if parameter is not None and parameter.is_leaf else None
         # zeros are looked for where that does not make a device wait
         if gradient is None or (gradient.device.type == "cpu" and not gradient.any()):
             self.backwards = 0
@@ -151,10 +176,10 @@ class LayerHistory:
     def evidence(self) -> LayerEvidence:
         """At the last evaluation, or now if training went on after it.
 
-        Raises what went wrong in a backward pass.
+        Raises `RuntimeError` where something went wrong in a backward pass.
         """
-        if self.failed is not None:
-            raise self.failed
+        if self.failed:
+            raise RuntimeError(f"in a backward pass: {self.failed}")
         self.note_use()
         running, batches = None, list(self.batches)
         if self.is_averaged and self.evaluated:
@@ -171,13 +196,22 @@ class LayerHistory:
             weight=None if self.weight is None else self.weight.double().cpu(),
             running=running,
             batches=_finite(batches),
-            origins={origin: _finite(list(kept)) for origin, kept in self.origins.items()},
+            origins={name: _origin(list(kept)) for name, kept in self.origins.items()},
             gradients=[GradientNorm(step, float(norm)) for step, norm in self.gradients],
             updates=self.updates,
             decay=self.decay,
             learns=not self.frozen or bool(self.learning),
             is_averaged=self.is_averaged,
         )
+
+
+def _origin(kept: list[tuple[int, Update | Direct]]) -> Origin:
+    batches = _finite([batch for _, batch in kept])
+    return Origin(batches, [number for number, _ in kept] if batches else [])
+
+
+def _is_broadcast(root: nn.Module) -> bool:
+    return isinstance(root, DistributedDataParallel) and root.broadcast_buffers
 
 
 def _finite(batches: list[Update | Direct]) -> list[Moments]:

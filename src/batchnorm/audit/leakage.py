@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.audit.calling import Forward, output_of, set_training, with_tensors
+from batchnorm.audit.snapshot import repeatable
 
 __all__ = ["Leakage", "leakage"]
 
@@ -75,9 +76,10 @@ def _effects(
     model: nn.Module, batch: Any, forward: Forward, length: int
 ) -> tuple[float, float] | None:
     """Of later inputs on earlier outputs, and of earlier inputs on later outputs."""
+    again = repeatable(model)
 
     def outputs(given: Any) -> Tensor | None:
-        torch.manual_seed(0)  # the same dropout in each pass; the caller puts the state back
+        again()  # the same dropout in each pass
         return output_of(forward(model, given))
 
     try:

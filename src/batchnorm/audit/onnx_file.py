@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,34 @@ def read_onnx(path: Path) -> tuple[State, Graph]:
 
     try:
         # weights that lie in other files are not looked up: their paths are the file's to name
-        graph = onnx.load(path, load_external_data=False).graph
+        model = onnx.load(path, load_external_data=False)
     except FileNotFoundError as error:
         raise ValueError(f"no ONNX file at {path}") from error
     except Exception as error:  # a damaged file fails in any way
         raise ValueError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from error
-    held = {tensor.name: tensor for tensor in graph.initializer}
-    layers = tuple(_layer(node, held) for node in graph.node if node.op_type == _NORM)
-    return State(str(path), layers), _graph(graph)
+    if not model.HasField("graph"):
+        raise ValueError(f"cannot read {path}: it holds no graph, and may have been cut off")
+    held = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = [*_nodes(model.graph), *(node for f in model.functions for node in f.node)]
+    layers = tuple(_layer(node, held) for node in nodes if node.op_type == _NORM)
+    return State(str(path), layers), _graph(nodes)
 
 
 _NORM = "BatchNormalization"
+_DEEPEST = 64
+
+
+def _nodes(graph: Any, depth: int = 0) -> Iterator[Any]:
+    """Its nodes, and those of the branches and loop bodies that they hold."""
+    if depth > _DEEPEST:
+        raise ValueError(f"more than {_DEEPEST} graphs inside each other are not read")
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g, depth + 1)
+            for inner in attribute.graphs:
+                yield from _nodes(inner, depth + 1)
 
 
 def _layer(node: Any, held: dict[str, Any]) -> LayerState:
@@ -49,7 +67,7 @@ def _layer(node: Any, held: dict[str, Any]) -> LayerState:
     weight, bias, mean, var = (_tensor(held.get(name)) for name in names)
     eps = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
     return LayerState(
-        node.name or node.output[0],
+        node.name or next(iter(node.output), node.op_type),
         weight=weight,
         bias=bias,
         running_mean=mean,
@@ -66,14 +84,14 @@ def _tensor(proto: Any | None) -> Tensor | None:
         return None
     try:
         return torch.from_numpy(onnx.numpy_helper.to_array(proto).copy())
-    except (TypeError, ValueError):
-        return None  # damaged: fewer values than its shape says
+    except Exception:
+        return None  # damaged, in any way: of no known type, with fewer values than it says
 
 
-def _graph(graph: Any) -> Graph:
+def _graph(given: list[Any]) -> Graph:
     made: dict[str, Node] = {}
     nodes = []
-    for each in graph.node:
+    for each in given:
         inputs = tuple(made.get(name) for name in each.input)
         for source in inputs:
             if source is not None:

@@ -75,6 +75,7 @@ class Probe:
         self._models: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self._names: Counter[str] = Counter()
         self._only = model
+        self._own = set() if model is None else {id(m) for m in model.modules()}
         self._layers = 0
         self._calls = 0
         self._handles: list[RemovableHandle] = []
@@ -82,7 +83,7 @@ class Probe:
     def __enter__(self) -> Probe:
         self._handles = [
             register_module_forward_pre_hook(self._before),
-            register_module_forward_hook(self._after),
+            register_module_forward_hook(self._after, always_call=True),
         ]
         if self._history is not None:
             self._handles.append(register_optimizer_step_post_hook(self._stepped))
@@ -169,19 +170,19 @@ class Probe:
         if not _is_seen(module) or _is_traced():
             return
         if isinstance(module, TorchBatchNorm):
-            self._end(module, output)
+            self._end(module, output, returned=output is not None)
         elif is_compiled(module):
             for layer in _layers_of(module):
-                self._end(layer, None)
+                self._end(layer, None, returned=True)
 
-    def _end(self, layer: TorchBatchNorm, output: object) -> None:
+    def _end(self, layer: TorchBatchNorm, output: object, returned: bool) -> None:
         # only where the rules saw the beginning: a lazy layer comes into being in between
         watched = self._watched.get(id(layer))
         if watched is None or watched.call is None:
             return
         call, watched.call = watched.call, None
         call.output = output if isinstance(output, torch.Tensor) else None
-        self._tell(watched.afters, call)
+        self._tell(watched.afters if returned else watched.breaks, call)
 
     def _stepped(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self._history is not None:
@@ -192,6 +193,7 @@ class Probe:
 
     def _tell(self, listeners: list[_Listener], call: Call) -> None:
         # as torch.no_grad() does, at a fraction of its price: this runs in every pass
+        was_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
             for owner, hear in listeners:
@@ -200,7 +202,7 @@ class Probe:
                 except Exception as error:
                     self._disable(owner, error)
         finally:
-            torch._C._set_grad_enabled(call.has_gradients)
+            torch._C._set_grad_enabled(was_enabled)
 
     def _disable(self, owner: Rule | History, error: Exception) -> None:
         """Go on without a rule that failed; without the history, without those that weigh it."""
@@ -209,7 +211,8 @@ class Probe:
             self._disabled[rule.code] = f"{type(error).__name__}: {error}"
         if owner is self._history:
             self._history = None
-        for watched in self._watched.values():
+        for watched in list(self._watched.values()):
+            watched.breaks = [each for each in watched.breaks if each[0] is not owner]
             watched.befores = [each for each in watched.befores if each[0] is not owner]
             watched.afters = [each for each in watched.afters if each[0] is not owner]
         self._entering = [rule for rule in self._entering if rule is not owner]
@@ -220,17 +223,18 @@ class Probe:
         # nn.DataParallel makes new replicas at every step
         if lazy or getattr(layer, "_is_replica", False):
             return None
-        if self._only is not None and all(m is not layer for m in self._only.modules()):
+        if self._only is not None and id(layer) not in self._own:
             return None
         key = id(layer)
         root = root_module() if self._only is None else self._only
         root = layer if root is None else original(root)
         path = self._path(layer, root)
-        owners: list[Rule | History] = [
+        rules = [
             rule
             for rule in self._rules
             if rule.code not in self._disabled and not self._selection.ignores(rule.code, path)
         ]
+        owners: list[Rule | History] = [*rules]
         if self._history is not None:
             owners.append(self._history)
         # weak: watching must not keep a model alive
@@ -241,6 +245,7 @@ class Probe:
             path,
             [(each, each.before) for each in owners if type(each).before is not Rule.before],
             [(each, each.after) for each in owners if type(each).after is not Rule.after],
+            [(r, r.broken_off) for r in rules if type(r).broken_off is not Rule.broken_off],
         )
         self._layers += 1
         return watched
@@ -258,9 +263,13 @@ class Probe:
     def _uncalled(self) -> list[str]:
         """Layers of models that were called, which were not."""
         found: dict[int, str] = {}
-        for root, name in self._models.items():
+        for root, name in list(self._models.items()):
             for path, module in root.named_modules(prefix=name):
-                if isinstance(module, TorchBatchNorm) and id(module) not in self._watched:
+                if not isinstance(module, TorchBatchNorm) or id(module) in self._watched:
+                    continue
+                batches = module.num_batches_tracked
+                # a part of the model that is compiled by itself is called unseen
+                if batches is None or is_lazy(batches) or batches == 0:
                     found.setdefault(id(module), path)
         return list(found.values())
 
@@ -275,6 +284,7 @@ class _Watched:
     path: str
     befores: list[_Listener]
     afters: list[_Listener]
+    breaks: list[_Listener]
     call: Call | None = None
 
 
@@ -326,6 +336,8 @@ def _is_traced() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, make_fx
+        # what is captured into a CUDA graph is replayed, and may not wait for the device
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
 
 

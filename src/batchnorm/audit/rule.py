@@ -65,6 +65,9 @@ class Rule:
     def after(self, call: Call) -> None:
         """See a call after the layer has computed."""
 
+    def broken_off(self, call: Call) -> None:
+        """See a call that did not return: it raised, or a checkpoint had seen enough of it."""
+
     def findings(self) -> Iterator[Finding]:
         """What was found in the calls up to now."""
         yield from ()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from batchnorm.audit.call import TorchBatchNorm
-from batchnorm.audit.calling import Forward, call, left_as_it_was, with_tensors
+from batchnorm.audit.calling import Forward, call, with_tensors
 from batchnorm.audit.graph import Graph, Node
+from batchnorm.audit.snapshot import left_as_it_was
 
 __all__ = ["graph_of"]
 
@@ -28,7 +29,9 @@ def graph_of(
     if isinstance(model, fx.GraphModule):
         return _graph(model, model.graph, "its own graph")
     try:
-        return _graph(model, _Tracer().trace(model), "torch.fx")
+        with left_as_it_was(model):  # a forward that keeps something would keep proxies
+            traced = _Tracer().trace(model)
+        return _graph(model, traced, "torch.fx")
     except Exception:  # control flow that depends on values, in as many ways as there are models
         if batch is None:
             return None
@@ -66,10 +69,12 @@ def _uses_batch(node: fx.Node) -> bool | None:
         return None
     name = node.target._schema.name.partition("::")[2]
     if "batch_norm" in name:
-        for argument, given in zip(node.target._schema.arguments, node.args, strict=False):
-            if argument.name in ("training", "train"):
-                return bool(given)
-        return bool(node.kwargs.get("training", "no_training" not in str(node.target)))
+        names = [argument.name for argument in node.target._schema.arguments]
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        # without running statistics it has no other: instance norms become such operations too
+        if given.get("running_mean") is None:
+            return None
+        return bool(given.get("training", given.get("train", False)))
     # this library's layers export as their formula: what reduces inside them computes statistics
     inside: Any = list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())[-1][1]
     kind = inside if isinstance(inside, str) else getattr(inside, "__qualname__", "")

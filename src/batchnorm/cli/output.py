@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import NoReturn
@@ -21,6 +22,8 @@ BAD_INPUT = 2
 
 def print_in_form(report: Report, form: Form, console: Console) -> None:
     """Print a report as text, or as annotations that GitHub reads from any output."""
+    if isinstance(console.file, io.TextIOWrapper):
+        console.file.reconfigure(errors="backslashreplace")  # a terminal may have no γ
     if form is Form.GITHUB:
         console.file.write(to_github(report))
     else:

@@ -62,7 +62,10 @@ def _settings(folder: Path) -> tuple[Mapping[str, Any], Path | None]:
             table = tomllib.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read {file}: {error}") from error
-        settings = table.get("tool", {}).get("batchnorm", {})
+        tool = table.get("tool", {})
+        settings = tool.get("batchnorm", {}) if isinstance(tool, dict) else tool
+        if not isinstance(settings, dict):
+            raise ValueError(f"{file}: [tool.batchnorm] is a table, got {settings!r}")
         unknown = [key for key in settings if key not in _KEYS]
         if unknown:
             raise ValueError(

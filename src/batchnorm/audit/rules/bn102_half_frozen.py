@@ -13,7 +13,7 @@ from batchnorm.statistics import Running
 
 __all__ = ["HalfFrozen"]
 
-_FIX = "layer.freeze(), or .eval() on the frozen part after every model.train()"
+_FIX = "freeze() of this library's layers; of torch.nn's, .eval() after every model.train()"
 
 
 class HalfFrozen(Rule):
@@ -43,7 +43,8 @@ class HalfFrozen(Rule):
 
     When the statistics are meant to follow the new data under fixed weights
     (lightly-ai/lightly#1438 does so on purpose), and in a model that is put into `eval()` before
-    it runs. `batchnorm check` sees a model as it was made, which is in training mode. A
+    it runs. `batchnorm check` sees a model as it was made, which is in training mode, and so
+    calls it a fact; `batchnorm run` sees what became of it, and warns. A
     discriminator whose parameters are frozen while the generator learns is not reported in a
     run, since at other times they learn.
 
@@ -61,7 +62,7 @@ class HalfFrozen(Rule):
         paths = [layer.path for layer in state.layers if _is_half_frozen(layer)]
         if paths:
             yield self.found(
-                Severity.WARNING,
+                Severity.INFO,
                 f"γ and β frozen, running statistics moving in training, {in_layers(paths)}",
                 paths,
                 _FIX,

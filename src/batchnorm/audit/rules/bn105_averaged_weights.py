@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -87,7 +88,7 @@ class AveragedWeights(Rule):
                     Severity.WARNING,
                     f"under averaged weights the running mean is off by {d.shift:.2g} ± "
                     f"{d.shift_error:.1g} standard deviations, the running standard deviation by "
-                    f"×{d.stretch_factor:.2g}",
+                    f"×{d.stretch_factor:.2g} (± {math.expm1(d.stretch_error):.0%})",
                     [layer.path],
                     FIX,
                     **asdict(d),

@@ -63,6 +63,10 @@ class CountedTwice(Rule):
             _, count = self._counts.get(call.number, ("", 0))
             self._counts[call.number] = call.path, count + 1
 
+    def broken_off(self, call: Call) -> None:
+        """A recomputation ends within the last layer of which it needs something."""
+        self.after(call)
+
     def findings(self) -> Iterator[Finding]:
         """One for all layers."""
         if self._counts:

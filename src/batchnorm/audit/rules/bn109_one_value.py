@@ -74,6 +74,6 @@ class OneValuePerChannel(Rule):
                 f"an input of shape {shape} leaves one value per channel, which has no variance",
                 modules=(path,),
                 place=place,
-                fix="DataLoader(..., drop_last=True), larger batches, or layer.freeze()",
+                fix="DataLoader(..., drop_last=True), larger batches, or frozen statistics",
                 values_per_channel=1.0,
             )

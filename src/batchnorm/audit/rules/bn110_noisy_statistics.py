@@ -19,8 +19,8 @@ class NoisyStatistics(Rule):
 
     Layers whose batch statistics differ so much from one batch to the next that they move each
     normalized value by more than half a standard deviation, beyond twice the error with which that
-    is known. It is the noise of six independent values per channel, √(1.5/6) = 0.5; positions of
-    one image count, but are not independent of each other.
+    is known. It is the noise of about six independent values per channel, √(1.5/6) = 0.5; the
+    positions of one image count, but are not independent of each other.
 
     ## Why it hurts
 
@@ -71,7 +71,7 @@ class NoisyStatistics(Rule):
                 f"each batch's own statistics move an output by {most}{worst.value:.2g} ± "
                 f"{worst.error:.1g} standard deviations, {in_layers(paths)}",
                 paths,
-                "larger batches, statistics=Renorm(...), layer.freeze() when fine-tuning, or "
+                "larger batches, statistics=Renorm(...), frozen statistics when fine-tuning, or "
                 "GroupNorm",
                 noise=worst.value,
                 error=worst.error,

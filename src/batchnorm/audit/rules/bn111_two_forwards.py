@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import unserializable_hook
 
 from batchnorm.audit.call import Call
 from batchnorm.audit.finding import Finding, Severity
@@ -57,43 +58,45 @@ class TwoForwards(Rule):
     looks_at = "run"
 
     def __init__(self) -> None:
-        self._open: WeakKeyDictionary[DistributedDataParallel, int] = WeakKeyDictionary()
+        self._forwards: WeakKeyDictionary[DistributedDataParallel, int] = WeakKeyDictionary()
+        self._places: WeakKeyDictionary[DistributedDataParallel, str | None] = WeakKeyDictionary()
         self._found: dict[str | None, int] = {}
 
     def entering(self, model: DistributedDataParallel) -> None:
-        """Count the forward passes since the last backward pass."""
+        """Number the forward passes that gradients can come back to."""
         broadcasts = model.broadcast_buffers and next(model.buffers(), None) is not None
         if broadcasts and torch.is_grad_enabled():
-            count = self._open[model] = self._open.get(model, 0) + 1
-            if count > 1:
-                place = calling_place()
-                self._found[place] = max(count, self._found.get(place, 0))
+            self._forwards[model] = self._forwards.get(model, 0) + 1
+            self._places[model] = calling_place()
 
     def after(self, call: Call) -> None:
-        """Have a backward pass end the count."""
-        model = call.root
-        if (
-            isinstance(model, DistributedDataParallel)
-            and call.output is not None
-            and call.output.requires_grad
-        ):
+        """When gradients come back to a pass, see whether another has begun since."""
+        model, output = call.root, call.output
+        if not isinstance(model, DistributedDataParallel) or output is None:
+            return
+        number = self._forwards.get(model)
+        if number is None or not output.requires_grad:
+            return
 
-            def end(gradient: Tensor) -> None:
-                self._open.pop(model, None)
+        def come_back(gradient: Tensor) -> None:
+            since = self._forwards.get(model, number) - number
+            if since > 0:
+                place = self._places.get(model)
+                self._found[place] = max(since, self._found.get(place, 0))
 
-            call.output.register_hook(end)
+        output.register_hook(unserializable_hook(come_back))
 
     def findings(self) -> Iterator[Finding]:
         """One for each place in the user's code."""
-        for place, count in self._found.items() if is_affected() else ():
+        for place, since in self._found.items() if is_affected() else ():
             yield self.found(
                 Severity.WARNING,
-                f"{count} forward passes before a backward pass, each of which overwrites the "
+                f"{1 + since} forward passes before a backward pass, each of which overwrites the "
                 "running statistics that the one before it saved",
                 ["DistributedDataParallel"],
                 "call the model once on torch.cat of the inputs, or broadcast_buffers=False",
                 place=place,
-                forwards=float(count),
+                forwards=1.0 + since,
             )
 
 

@@ -12,16 +12,14 @@ from batchnorm.audit.rule import Rule
 
 __all__ = ["Unfoldable"]
 
-_CONVOLUTIONS = (nn.modules.conv._ConvNd, nn.Linear)
-
 
 class Unfoldable(Rule):
     """## What it finds
 
     Batch norms behind a convolution or linear layer into which they cannot be folded as they
-    stand: the convolution is called several times, something else takes its output too, the layer
-    is in training mode in a model that is in eval mode, or it is a transposed convolution with
-    groups.
+    stand: the convolution is called for another layer too, something else takes its output too,
+    the layer is in training mode in a model that is in eval mode, or the convolution is transposed
+    and has groups.
 
     ## Why it hurts
 
@@ -58,7 +56,7 @@ class Unfoldable(Rule):
         reasons: dict[str, dict[str, None]] = {}
         for node, norm in graph.norms():
             source = node.source
-            if source is None or not isinstance(source.module, _CONVOLUTIONS):
+            if source is None or not source.is_linear:
                 continue
             for reason in _reasons(graph, source, norm.training):
                 reasons.setdefault(reason, {})[node.name] = None
@@ -75,8 +73,9 @@ class Unfoldable(Rule):
 def _reasons(graph: Graph, source: Node, norm_trains: bool) -> Iterator[str]:
     module = source.module
     assert module is not None
-    if graph.calls(module) > 1:
-        yield "the convolution before it is called several times"
+    calls, fed = graph.calls(module), graph.feeds(module)
+    if calls > 1 and (len(fed) > 1 or calls > sum(graph.calls(norm) for norm in fed)):
+        yield "the convolution before it is called for something else too"
     elif source.users > 1:
         yield "something else takes the convolution's output too"
     if norm_trains and not module.training:

@@ -64,8 +64,8 @@ class Accumulated(Rule):
                     f"{times} of {steps} optimizer steps added up the gradients of {backwards} "
                     "backward passes, each normalized by its own batch",
                     [layer.path],
-                    f"momentum / {backwards}, or batches {backwards} times as large through "
-                    "batchnorm.rematerialize(model)",
+                    f"momentum / {backwards}; larger batches where batchnorm.rematerialize(model) "
+                    "makes room for them",
                     passes=float(backwards),
                     steps=float(steps),
                 )

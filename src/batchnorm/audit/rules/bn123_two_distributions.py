@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from itertools import combinations
 
 from batchnorm.audit.distance import Distance, between
-from batchnorm.audit.evidence import Evidence, LayerEvidence
+from batchnorm.audit.evidence import Evidence, LayerEvidence, Origin
 from batchnorm.audit.finding import Finding, Severity
+from batchnorm.audit.layer_history import EVERY
 from batchnorm.audit.noise import FEWEST
 from batchnorm.audit.rule import Rule
+from batchnorm.moments import Moments
 
 __all__ = ["TwoDistributions"]
 
@@ -56,7 +58,7 @@ class TwoDistributions(Rule):
         for layer in evidence.layers:
             # without running statistics there is nothing that has to fit both
             worst = None if layer.is_averaged or layer.mixes_in_eval else _furthest(layer)
-            if worst is None:
+            if worst is None or layer.is_frozen:
                 continue
             one, other, d = worst
             place = one if ":" in one else None
@@ -76,13 +78,29 @@ class TwoDistributions(Rule):
 
 def _furthest(layer: LayerEvidence) -> tuple[str, str, Distance] | None:
     """The two origins whose batches differ most, where that is harmful."""
-    enough = {name: many for name, many in layer.origins.items() if len(many) >= FEWEST}
     found = []
-    for one, other in combinations(enough, 2):
-        d = between(enough[one], enough[other], layer.eps)
+    for one, other in combinations(layer.origins, 2):
+        first, second = _meanwhile(layer.origins[one], layer.origins[other])
+        if min(len(first), len(second)) < FEWEST:
+            continue
+        d = between(first, second, layer.eps)
         if d.is_harmful:
             found.append((*_told_apart(one, other), d))
     return max(found, key=lambda each: each[2].shift + each[2].stretch, default=None)
+
+
+def _meanwhile(one: Origin, other: Origin) -> tuple[list[Moments], list[Moments]]:
+    """The batches of each that came while the other's did, and so under the same weights."""
+    if not one.passes or not other.passes:
+        return [], []
+    start, end = max(one.passes[0], other.passes[0]), min(one.passes[-1], other.passes[-1])
+    gap = 2 * EVERY  # the two take turns at being looked at
+
+    def within(origin: Origin) -> list[Moments]:
+        both = zip(origin.passes, origin.batches, strict=True)
+        return [batch for number, batch in both if start - gap <= number <= end + gap]
+
+    return within(one), within(other)
 
 
 def _told_apart(one: str, other: str) -> tuple[str, str]:
@@ -90,4 +108,4 @@ def _told_apart(one: str, other: str) -> tuple[str, str]:
     for a, b in zip(one.split(" > "), other.split(" > "), strict=False):
         if a != b:
             return a, b
-    return one, other
+    return one.rpartition(" > ")[2], other.rpartition(" > ")[2]

@@ -58,23 +58,27 @@ class SortedBatches(Rule):
     looks_at = "run, batches"
 
     def weigh(self, evidence: Evidence) -> Iterator[Finding]:
-        """One finding, from what the model was given."""
-        whole = [samples for samples in evidence.samples if len(samples) > 1]
-        if len(whole) < 2:
-            return
-        # a sample's mean over all of them knows little, and that exactly
-        overall = [samples.mean(1, keepdim=True) for samples in whole]
-        measured = max(likeness(whole), likeness(overall), key=lambda each: each.ratio)
-        if measured.chance <= SURE and measured.ratio >= HARMFUL:
-            yield self.found(
-                Severity.WARNING,
-                f"batch means lie {measured.ratio**0.5:.1f} times as far apart as those of "
-                f"shuffled samples would (of {SHUFFLES} shuffles {measured.as_far} were as far)",
-                [layer.path for layer in evidence.layers[:1]],
-                "DataLoader(..., shuffle=True)",
-                ratio=measured.ratio,
-                chance=measured.chance,
-            )
+        """One finding for each model, from what it was given."""
+        if all(layer.is_frozen for layer in evidence.layers):
+            return  # nothing is normalized by its batch
+        for path, samples in evidence.samples.items():
+            whole = [batch for batch in samples if len(batch) > 1]
+            if len(whole) < 2:
+                continue
+            # a sample's mean over all of them knows little, and that exactly
+            overall = [batch.mean(1, keepdim=True) for batch in whole]
+            measured = max(likeness(whole), likeness(overall), key=lambda each: each.ratio)
+            if measured.chance <= SURE and measured.ratio >= HARMFUL:
+                yield self.found(
+                    Severity.WARNING,
+                    f"batch means lie {measured.ratio**0.5:.1f} times as far apart as those of "
+                    f"shuffled samples would (of {SHUFFLES} shuffles {measured.as_far} were as "
+                    "far)",
+                    [path],
+                    "DataLoader(..., shuffle=True)",
+                    ratio=measured.ratio,
+                    chance=measured.chance,
+                )
 
 
 class Likeness(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Severity, in_layers
@@ -12,8 +12,6 @@ from batchnorm.audit.graph import Graph, Node
 from batchnorm.audit.rule import Rule
 
 __all__ = ["Wasted"]
-
-_CONVOLUTIONS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 class Wasted(Rule):
@@ -63,9 +61,10 @@ class Wasted(Rule):
             takes_mean_out = norm.training or norm.running_mean is not None
             if source is None or not takes_mean_out:
                 continue
-            if _has_bias(source) and source.users == 1 and graph.calls(source.module or norm) == 1:
+            once = source.users == 1 and graph.calls(source.module or norm) == 1
+            if once and _has_bias(source, norm.num_features):
                 biases[source.name] = None
-            for before in (source, source.source if _is_linear(source) else None):
+            for before in (source, source.source if source.is_linear else None):
                 if before is not None and _drops(before):
                     dropouts[before.name] = None
         if biases:
@@ -99,12 +98,10 @@ class Wasted(Rule):
             )
 
 
-def _is_linear(node: Node) -> bool:
-    return isinstance(node.module, _CONVOLUTIONS)
-
-
-def _has_bias(node: Node) -> bool:
-    return _is_linear(node) and getattr(node.module, "bias", None) is not None
+def _has_bias(node: Node, channels: int) -> bool:
+    """Whether there is a bias for each of the norm's channels, not along another axis."""
+    bias = getattr(node.module, "bias", None) if node.is_linear else None
+    return isinstance(bias, Tensor) and bias.numel() == channels
 
 
 def _drops(node: Node) -> bool:

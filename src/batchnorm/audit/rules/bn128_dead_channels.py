@@ -12,7 +12,7 @@ from batchnorm.audit.state import State
 
 __all__ = ["DeadChannels"]
 
-DEAD = 1e-5  # of |γ|: what is left of an input is below float32's rounding of a β of 100
+ZERO = 1e-5  # of |γ|: what is left of an input is below float32's rounding of a β of 100
 
 
 class DeadChannels(Rule):
@@ -57,7 +57,7 @@ class DeadChannels(Rule):
         for layer in state.layers:
             if layer.weight is None:
                 continue
-            count = int((layer.weight.abs() < DEAD).sum())
+            count = int((layer.weight.abs() < ZERO).sum())
             if 0 < count < layer.weight.numel():
                 dead[layer.path] = count
                 channels += layer.weight.numel()
@@ -65,7 +65,7 @@ class DeadChannels(Rule):
             total = sum(dead.values())
             yield self.found(
                 Severity.INFO,
-                f"{total} of {channels} channels {in_layers(dead)} have |γ| < {DEAD:g}: "
+                f"{total} of {channels} channels {in_layers(dead)} have |γ| < {ZERO:g}: "
                 "they output β, whatever comes in",
                 sorted(dead, key=lambda path: -dead[path]),
                 "prune them, or train without weight decay on γ",
@@ -81,7 +81,7 @@ class DeadChannels(Rule):
             if silent is None:
                 continue
             if layer.weight is not None and not evidence.is_run:
-                silent &= layer.weight.abs() >= DEAD  # `examine` has told of the others
+                silent &= layer.weight.abs() >= ZERO  # `examine` has told of the others
             if 0 < (count := int(silent.sum())) < layer.channels:
                 dead[layer.path] = count
                 channels += layer.channels
