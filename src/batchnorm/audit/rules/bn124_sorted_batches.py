@@ -15,8 +15,8 @@ from batchnorm.audit.rule import Rule
 
 __all__ = ["SortedBatches", "likeness"]
 
-SHUFFLES = 999
-SURE = 0.001  # chance of a false alarm in each of two tests; with so many shuffles the least
+SHUFFLES = 1999
+SURE = 0.0005  # chance of a false alarm in each of two tests; with so many shuffles the least
 HARMFUL = 2.0  # times the spread of batch means that shuffled samples would have
 
 
@@ -26,7 +26,7 @@ class SortedBatches(Rule):
     Batches whose means lie further apart than batches of shuffled samples would: samples arrive
     sorted by class, source or time. Coarse means of what the model is given, and the
     mean of each sample, are compared between batches and within them (one-way analysis of
-    variance), and the same is done for samples shuffled over the batches, 999 times.
+    variance), and the same is done for samples shuffled over the batches, 1,999 times.
 
     ## Why it hurts
 
