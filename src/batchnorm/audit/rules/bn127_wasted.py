@@ -49,7 +49,7 @@ class Wasted(Rule):
     """
 
     code = "BN127"
-    name = "bias, dropout or decay that it cancels"
+    name = "bias, dropout or decay of no use to it"
     looks_at = "operations, run"
 
     def read(self, graph: Graph) -> Iterator[Finding]:
