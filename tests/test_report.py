@@ -66,7 +66,7 @@ def test_the_terminal_says_that_there_was_nothing_to_watch():
     assert text.splitlines() == [
         "",
         "batchnorm saw no batch norm layer being called",
-        "  compiled models and other processes are not seen",
+        "  functions that are compiled, and other processes, are not seen",
     ]
 
 

@@ -125,7 +125,6 @@ class Probe:
             calls=self._calls,
             rules=tuple(rule.code for rule in self._rules),
             disabled=dict(self._disabled),
-            subject=None if self._only is None else type(self._only).__name__,
             profiles=() if evidence is None else profiles_of(evidence),
             timeline=() if history is None else history.timeline(),
         )

@@ -20,6 +20,8 @@ def headline(report: Report) -> str:
     layers = count(report.layers, "layer")
     if report.subject is not None:
         subject = report.subject
+        if report.layers == 0 and report.findings:  # of its operations alone
+            return f"batchnorm read {subject}"
         if report.layers == 0:
             return f"batchnorm found no batch norm layer in {subject}"
         ran = "" if report.calls == 0 else f" in {report.calls} batches"

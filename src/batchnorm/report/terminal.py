@@ -26,7 +26,7 @@ def print_report(report: Report, console: Console) -> None:
     if report.layers == 0:
         line(headline(report), "bold")
         if report.subject is None:
-            line("  compiled models and other processes are not seen")
+            line("  functions that are compiled, and other processes, are not seen")
     elif report.findings:
         line(f"{headline(report)}: {len(report.findings)} found", "bold")
     else:
