@@ -167,3 +167,11 @@ def test_a_dictionary_that_holds_itself_is_read_once(tmp_path):
     torch.save(state, tmp_path / "it.pt")
     (layer,) = read_checkpoint(tmp_path / "it.pt").layers
     assert layer.path == "norm"
+
+
+def test_a_count_of_batches_tells_a_layer_whose_statistics_are_lost(tmp_path):
+    state = nn.BatchNorm1d(3).state_dict()
+    kept = {f"norm.{name}": t for name, t in state.items() if "running" not in name}
+    torch.save(kept, tmp_path / "it.pt")
+    (layer,) = read_checkpoint(tmp_path / "it.pt").layers
+    assert (layer.path, layer.running_mean, int(layer.batches)) == ("norm", None, 0)

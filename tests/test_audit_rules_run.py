@@ -156,6 +156,17 @@ def real_and_fake_with_a_generator() -> None:
         learn.step()
 
 
+def on_one_line(gap: float) -> None:
+    """Real and generated batches, from one line; the generated ones drift."""
+    discriminator = net()
+    optimizer = torch.optim.SGD(discriminator.parameters(), lr=0.01)
+    for step in range(STEPS):
+        real, fake = torch.randn(32, 6), torch.randn(32, 6) + gap * (1 + step / STEPS)
+        optimizer.zero_grad()
+        (discriminator(real).mean() - discriminator(fake).mean()).backward()
+        optimizer.step()
+
+
 def two_phases(norm=nn.BatchNorm1d) -> None:
     """The same data trained on from two lines, one after the other, at two learning rates."""
     model = net(norm)
@@ -305,6 +316,7 @@ FOUND = [
     ("BN123", W, lambda: real_and_fake(net(), gap=4.0)),
     ("BN123", W, lambda: real_and_fake(net(BatchNorm1d), gap=-3.0)),
     ("BN123", W, lambda: siamese(gap=3.0)),
+    ("BN123", W, lambda: on_one_line(gap=4.0)),
     ("BN124", W, lambda: fit(net(), batch=by_class)),
     ("BN124", W, lambda: fit(convolutional(), batch=by_source)),
     ("BN124", W, lambda: fit(net(), batch=lambda step: task(shift=step % 7 / 2))),
@@ -347,6 +359,8 @@ SILENT = [
     ("BN123", lambda: real_and_fake(net(), gap=0.0)),
     ("BN123", lambda: siamese(gap=0.0)),
     ("BN124", lambda: fit(net())),
+    ("BN124", lambda: on_one_line(gap=4.0)),
+    ("BN124", real_and_fake_with_a_generator),
     ("BN124", lambda: fit(net(), batch=shuffled)),
     ("BN124", lambda: fit(convolutional(), batch=images())),
     ("BN127", lambda: fit(net())),

@@ -86,6 +86,7 @@ FOUND = [
     ("BN102", I, lambda: frozen(nn.BatchNorm1d(3, momentum=None))),
     ("BN106", E, lambda: c(running_mean=ONES, weight=ONES)),
     ("BN106", E, lambda: c(running_var=ONES, weight=ONES)),
+    ("BN106", E, lambda: c(batches=7, weight=ONES)),
     ("BN106", W, lambda: filled(trained(nn.BatchNorm1d(3)), running_mean=0.0, running_var=1.0)),
     ("BN106", W, lambda: c(running_mean=[0.0, 0.0], running_var=[1.0, 1.0], bias=[0.0, 0.3])),
     ("BN113", I, lambda: WithActivation(3)),
@@ -131,6 +132,7 @@ SILENT = [
     ("BN102", lambda: nn.BatchNorm2d(3, affine=False)),
     ("BN102", lambda: frozen(nn.BatchNorm2d(3, track_running_stats=False))),
     ("BN106", lambda: nn.BatchNorm1d(3)),
+    ("BN106", lambda: nn.BatchNorm1d(3, track_running_stats=False)),
     ("BN106", lambda: trained(nn.BatchNorm1d(3))),
     ("BN106", lambda: unmoved_statistics(weight=0.0)),  # a residual branch's last, as initialized
     # as DCGAN initializes it

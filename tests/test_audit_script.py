@@ -364,3 +364,14 @@ def test_ctrl_c_ends_a_watched_script_with_130_and_the_report(tmp_path):
     assert out == ""
     assert without_report(err).endswith("KeyboardInterrupt\n")
     assert "batchnorm watched 1 layer in 1 forward pass" in err
+
+
+def test_an_executor_that_was_left_open_is_not_waited_for(folder):
+    (folder / "train.py").write_text(
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "pool = ThreadPoolExecutor(2)\n"
+        "print(pool.submit(sum, [1, 2]).result())\n"
+    )
+    run = watched(folder, "train.py")
+    assert (run.returncode, run.stdout) == (0, "3\n")
+    assert "batchnorm saw no batch norm layer" in run.stderr

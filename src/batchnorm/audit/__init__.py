@@ -4,7 +4,7 @@ from batchnorm.audit.check import audit, check
 from batchnorm.audit.checkpoint import SUFFIXES, checkpoints_at, read_checkpoint
 from batchnorm.audit.distance import Distance
 from batchnorm.audit.finding import Finding, Report, Severity
-from batchnorm.audit.gathering import label_loss
+from batchnorm.audit.gathering import NoBatchesError, label_loss
 from batchnorm.audit.graph import Graph
 from batchnorm.audit.noise import Noise
 from batchnorm.audit.onnx_file import read_onnx
@@ -26,6 +26,7 @@ __all__ = [
     "Graph",
     "LayerProfile",
     "LayerState",
+    "NoBatchesError",
     "Noise",
     "Period",
     "Probe",

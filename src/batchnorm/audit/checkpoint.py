@@ -37,8 +37,8 @@ def checkpoints_at(path: Path) -> list[Path]:
 def read_checkpoint(path: Path) -> State:
     """The batch norm layers of a checkpoint; nothing else of it is read into memory.
 
-    A batch norm layer is where running statistics are. Nested dictionaries, such as a trainer's
-    `{"state_dict": …, "optimizer": …}`, are searched through.
+    A batch norm layer is where running statistics are, or their count. Nested dictionaries, such
+    as a trainer's `{"state_dict": …, "optimizer": …}`, are searched through.
 
     Raises `ValueError`, in one line, for a file that is none, is damaged, or holds more than
     tensors and plain values: such a file would run code, and is not loaded.
@@ -110,7 +110,7 @@ def _layers(tensors: Mapping[str, Tensor]) -> tuple[LayerState, ...]:
     paths = dict.fromkeys(
         key.rpartition(".")[0]
         for key in tensors
-        if key.rpartition(".")[2] in ("running_mean", "running_var")
+        if key.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
     )
     return tuple(_layer(path, tensors) for path in paths)
 

@@ -31,7 +31,12 @@ from batchnorm.audit.profile import GradientNorm
 from batchnorm.audit.snapshot import left_as_it_was
 from batchnorm.moments import Moments
 
-__all__ = ["LIMIT", "Loss", "Mask", "gather", "label_loss"]
+__all__ = ["LIMIT", "Loss", "Mask", "NoBatchesError", "gather", "label_loss"]
+
+
+class NoBatchesError(ValueError):
+    """An iterable of batches had none."""
+
 
 LIMIT = 32  # batches looked at
 WITH_GRADIENTS = 8  # of them run backward too
@@ -67,9 +72,9 @@ def gather(
         batches = list(islice(batches, limit))
         deployed = [] if deploy is None else list(islice(deploy, limit))
     if not batches:
-        raise ValueError("there are no batches to look at; the iterable was empty")
+        raise NoBatchesError("there are no batches to look at; the iterable was empty")
     if deploy is not None and not deployed:
-        raise ValueError("there are no batches of deployment to look at; the iterable was empty")
+        raise NoBatchesError("there are no batches of deployment to look at; it was empty")
     layers = _Layers(model)
     evidence = Evidence([], len(batches))
     with left_as_it_was(model):

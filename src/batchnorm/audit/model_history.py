@@ -63,7 +63,12 @@ class ModelHistory:
             self._samples.setdefault(origin, deque(maxlen=SAMPLES)).append(seen)
 
     def samples(self) -> list[Tensor]:
-        """Those of the place that called the model most often."""
-        most = max(self._samples.values(), key=len, default=deque())
-        same = [x for x in most if x.shape[1] == most[-1].shape[1]]
-        return [x.double().cpu() for x in same]
+        """What the model was given; nothing where several places give it something.
+
+        Those may be real and generated samples, which drift while the generator learns: BN123
+        compares such calls, and no shuffling makes them alike.
+        """
+        if len(self._samples) != 1:
+            return []
+        (kept,) = self._samples.values()
+        return [x.double().cpu() for x in kept if x.shape[1] == kept[-1].shape[1]]

@@ -49,11 +49,12 @@ def root_call() -> tuple[nn.Module | None, Tensor | None]:
 def trail() -> str:
     """`file:line` of each frame of the user's code, the outermost first: where a call comes from.
 
-    `train.py:12 > net.py:30`; calls from other lines have another one.
+    `train.py:12#84 > net.py:30#6`; behind the # stands which instruction, so that two calls from
+    one line are two.
     """
     script = getattr(sys.modules.get("__main__"), "__file__", None)
     names = [
-        f"{_displayed(frame.f_code.co_filename)}:{frame.f_lineno}"
+        f"{_displayed(frame.f_code.co_filename)}:{frame.f_lineno}#{frame.f_lasti}"
         for frame in _frames()
         if frame.f_code.co_filename == script or not _is_library(frame.f_code.co_filename)
     ]

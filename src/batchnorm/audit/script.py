@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from concurrent.futures.thread import _threads_queues
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -73,9 +74,13 @@ def _become_main(path: str, argv: list[str]) -> ModuleType:
 
 
 def _join_threads() -> None:
-    """Wait for what the script left running, as the interpreter does before it exits."""
+    """Wait for what the script left running, as the interpreter does before it exits.
+
+    But not for the workers of executors, such as torch.compile's, which end when it exits.
+    """
     for thread in threading.enumerate():
-        if thread is not threading.main_thread() and not thread.daemon:
+        waits = thread is not threading.main_thread() and not thread.daemon
+        if waits and thread not in _threads_queues:
             thread.join()
 
 

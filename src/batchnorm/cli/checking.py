@@ -12,6 +12,7 @@ from rich.table import Column, Table
 
 from batchnorm.audit import (
     Graph,
+    NoBatchesError,
     Report,
     Selection,
     State,
@@ -141,6 +142,8 @@ def _checked(
                 selection=selection,
                 name=target,
             )
+        except NoBatchesError:
+            raise
         except (Exception, SystemExit) as error:
             said = in_one_line(error)
             raise ValueError(f"the model failed on a batch of {data}: {said}") from error

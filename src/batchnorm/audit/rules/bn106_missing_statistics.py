@@ -14,8 +14,9 @@ __all__ = ["MissingStatistics"]
 class MissingStatistics(Rule):
     """## What it finds
 
-    Layers of a checkpoint that have a running mean without a running variance or the reverse,
-    and layers whose statistics are still exactly 0 and 1 while γ or β were trained.
+    Layers of a checkpoint that have a running mean without a running variance or the reverse, or
+    a count of batches without both, and layers whose statistics are still exactly 0 and 1 while γ
+    or β were trained.
 
     ## Why it hurts
 
@@ -54,6 +55,13 @@ class MissingStatistics(Rule):
         untouched = []
         for layer in state.layers:
             has_mean, has_var = layer.running_mean is not None, layer.running_var is not None
+            if layer.batches is not None and layer.module is None and not (has_mean or has_var):
+                yield self.found(
+                    Severity.ERROR,
+                    "there is a count of batches, and neither a running_mean nor a running_var",
+                    [layer.path],
+                    "save model.state_dict(), whole",
+                )
             if has_mean != has_var:
                 there, missing = ("mean", "var") if has_mean else ("var", "mean")
                 yield self.found(

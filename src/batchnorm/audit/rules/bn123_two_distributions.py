@@ -61,10 +61,11 @@ class TwoDistributions(Rule):
             if worst is None or layer.is_frozen:
                 continue
             one, other, d = worst
-            place = one if ":" in one else None
+            place = one if evidence.is_run else None
+            who = f"{one} and {other}" if one != other else f"two calls at {one}"
             yield self.found(
                 Severity.WARNING,
-                f"{one} and {other} give it means {d.shift:.2g} ± {d.shift_error:.1g} standard "
+                f"{who} give it means {d.shift:.2g} ± {d.shift_error:.1g} standard "
                 f"deviations apart, standard deviations ×{d.stretch_factor:.2g} apart",
                 [layer.path],
                 'DomainBatchNorm(layer, ["a", "b"]), or one call on torch.cat of both',
@@ -104,8 +105,9 @@ def _meanwhile(one: Origin, other: Origin) -> tuple[list[Moments], list[Moments]
 
 
 def _told_apart(one: str, other: str) -> tuple[str, str]:
-    """Of two trails of lines, the first lines that differ."""
+    """Of two trails, the first lines that differ, or the line that makes both calls."""
     for a, b in zip(one.split(" > "), other.split(" > "), strict=False):
         if a != b:
-            return a, b
-    return one.rpartition(" > ")[2], other.rpartition(" > ")[2]
+            return a.partition("#")[0], b.partition("#")[0]
+    a, b = (trail.rpartition(" > ")[2].partition("#")[0] for trail in (one, other))
+    return a, b

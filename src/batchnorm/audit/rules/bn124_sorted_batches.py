@@ -46,7 +46,9 @@ class SortedBatches(Rule):
 
     ## When it is fine
 
-    For batches that are groups by design (one patient, one speaker) and evaluated as such.
+    For batches that are groups by design (one patient, one speaker) and evaluated as such. An
+    augmentation that is drawn once for a batch sets it apart too; draw it for each sample. In a
+    run, a model that is called from several places is left to BN123.
 
     ## Evidence
 
@@ -75,7 +77,7 @@ class SortedBatches(Rule):
                     f"shuffled samples would (of {SHUFFLES} shuffles {measured.as_far} were as "
                     "far)",
                     [path],
-                    "DataLoader(..., shuffle=True)",
+                    "DataLoader(..., shuffle=True); augmentation drawn for each sample",
                     ratio=measured.ratio,
                     chance=measured.chance,
                 )
