@@ -230,6 +230,26 @@ def test_a_pass_that_is_right_is_not_reported(watched, body):
     assert moved(report) == []
 
 
+BY_HAND = """
+    train(model)
+    model.norm.momentum = None
+    RESET
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(8, 4))
+    """
+
+
+def test_statistics_that_are_estimated_again_by_hand_are_not_reported(watched):
+    report, _ = watched(BY_HAND.replace("RESET", "model.norm.reset_running_stats()"))
+    assert (report.calls, moved(report)) == (5, [])
+
+
+def test_a_plain_average_that_goes_on_is_reported(watched):
+    report, _ = watched(BY_HAND.replace("RESET", "pass"))
+    assert len(moved(report)) == 1
+
+
 OURS_ALONE = {
     "a frozen layer": """
         from batchnorm import BatchNorm1d

@@ -52,8 +52,9 @@ class MovedWithoutGradients(Rule):
     ## When it is fine
 
     When the pass is there to estimate the statistics again. `torch.optim.swa_utils.update_bn` and
-    fvcore's `update_bn_stats` are known and not reported, nor are passes inside an
-    `autograd.Function`, such as a reentrant activation checkpoint's, which train.
+    fvcore's `update_bn_stats` are known and not reported, nor are plain averages (`momentum=None`)
+    that begin at a reset. Passes inside an `autograd.Function`, such as a reentrant activation
+    checkpoint's, train.
 
     ## Evidence
 
@@ -66,10 +67,16 @@ class MovedWithoutGradients(Rule):
 
     def __init__(self) -> None:
         self._calls: dict[str | None, Counter[tuple[int, str]]] = {}
+        self._in_a_row: Counter[int] = Counter()  # passes without gradients, by layer
 
     def before(self, call: Call) -> None:
         """Copy the statistics; by value, since not every kernel raises the tensor's version."""
-        if call.tracks and not call.has_gradients:
+        if not call.tracks:
+            return
+        if call.has_gradients:
+            self._in_a_row.pop(call.number, None)
+        else:
+            self._in_a_row[call.number] += 1
             call.notes[self.code] = call.running_statistics()
 
     def after(self, call: Call) -> None:
@@ -80,8 +87,17 @@ class MovedWithoutGradients(Rule):
         now = call.running_statistics()
         if now is None or all(map(torch.equal, before, now)):
             return
+        if self._estimates(call):
+            return
         if not is_inside(_MEANT) and not is_inside_autograd_function():
             self._calls.setdefault(calling_place(), Counter())[call.number, call.path] += 1
+
+    def _estimates(self, call: Call) -> bool:
+        """Whether these passes average from a reset on, as nobody does who forgets eval()."""
+        batches = call.layer.num_batches_tracked
+        if call.layer.momentum is not None or batches is None:
+            return False
+        return int(batches) <= self._in_a_row[call.number]
 
     def findings(self) -> Iterator[Finding]:
         """One for each place in the user's code."""
