@@ -53,7 +53,7 @@ class MovedWithoutGradients(Rule):
 
     When the pass is there to estimate the statistics again. `torch.optim.swa_utils.update_bn` and
     fvcore's `update_bn_stats` are known and not reported, nor are plain averages (`momentum=None`)
-    that begin at a reset. Passes inside an `autograd.Function`, such as a reentrant activation
+    of a trained layer that begin at a reset. Passes inside an `autograd.Function`, such as a reentrant activation
     checkpoint's, train.
 
     ## Evidence
@@ -67,16 +67,17 @@ class MovedWithoutGradients(Rule):
 
     def __init__(self) -> None:
         self._calls: dict[str | None, Counter[tuple[int, str]]] = {}
-        self._in_a_row: Counter[int] = Counter()  # passes without gradients, by layer
+        self._in_a_row: Counter[int] = Counter()  # passes since the last one with gradients
 
     def before(self, call: Call) -> None:
         """Copy the statistics; by value, since not every kernel raises the tensor's version."""
         if not call.tracks:
             return
         if call.has_gradients:
-            self._in_a_row.pop(call.number, None)
+            self._in_a_row[call.number] = 0
         else:
-            self._in_a_row[call.number] += 1
+            if call.number in self._in_a_row:
+                self._in_a_row[call.number] += 1
             call.notes[self.code] = call.running_statistics()
 
     def after(self, call: Call) -> None:
@@ -93,11 +94,11 @@ class MovedWithoutGradients(Rule):
             self._calls.setdefault(calling_place(), Counter())[call.number, call.path] += 1
 
     def _estimates(self, call: Call) -> bool:
-        """Whether these passes average from a reset on, as nobody does who forgets eval()."""
+        """Whether a trained layer averages from a reset on, as nobody does who forgets eval()."""
         batches = call.layer.num_batches_tracked
         if call.layer.momentum is not None or batches is None:
             return False
-        return int(batches) <= self._in_a_row[call.number]
+        return call.number in self._in_a_row and int(batches) <= self._in_a_row[call.number]
 
     def findings(self) -> Iterator[Finding]:
         """One for each place in the user's code."""
