@@ -53,8 +53,8 @@ class MovedWithoutGradients(Rule):
 
     When the pass is there to estimate the statistics again. `torch.optim.swa_utils.update_bn` and
     fvcore's `update_bn_stats` are known and not reported, nor are plain averages (`momentum=None`)
-    of a trained layer that begin at a reset. Passes inside an `autograd.Function`, such as a reentrant activation
-    checkpoint's, train.
+    of a trained layer that begin at a reset. Passes inside an `autograd.Function`, such as a
+    reentrant activation checkpoint's, train.
 
     ## Evidence
 
