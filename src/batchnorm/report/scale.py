@@ -66,7 +66,7 @@ def linear(low: float, high: float, text: Format = number, ticks: int = 4) -> Sc
 def logarithmic(low: float, high: float, ticks: int = 6) -> Scale:
     """Powers of ten, and 2 and 5 times those where they are few; `low` is positive."""
     low = min(max(low / 1.3, 1 / _HUGE), _HUGE / 10)
-    high = min(max(high * 1.3, low * 2), _HUGE)
+    high = min(max(high * 1.3, low * 3), _HUGE)  # from 2 to 5 is the widest gap between ticks
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     within = [e for e in exponents if low <= 10.0**e <= high]
     named = [(10.0**e, power(e)) for e in within[:: math.ceil(len(within) / ticks) or 1]]
