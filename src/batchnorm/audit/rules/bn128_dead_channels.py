@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Severity, in_layers
 from batchnorm.audit.profiling import dead_channels
@@ -52,46 +54,43 @@ class DeadChannels(Rule):
 
     def examine(self, state: State) -> Iterator[Finding]:
         """One finding for all layers."""
-        dead: dict[str, int] = {}
-        channels = 0
+        dead: dict[str, Tensor] = {}
         for layer in state.layers:
-            if layer.weight is None:
-                continue
-            count = int((layer.weight.abs() < ZERO).sum())
-            if 0 < count < layer.weight.numel():
-                dead[layer.path] = count
-                channels += layer.weight.numel()
-        if dead:
-            total = sum(dead.values())
-            yield self.found(
-                Severity.INFO,
-                f"{total} of {channels} channels {in_layers(dead)} have |γ| < {ZERO:g}: "
-                "they output β, whatever comes in",
-                sorted(dead, key=lambda path: -dead[path]),
-                "prune them, or train without weight decay on γ",
-                channels=float(total),
-            )
+            if layer.weight is not None:
+                dead[layer.path] = layer.weight.abs() < ZERO
+        yield from self._told(
+            dead,
+            f"have |γ| < {ZERO:g}: they output β, whatever comes in",
+            "prune them, or train without weight decay on γ",
+        )
 
     def weigh(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for all layers with channels that these batches do not move."""
-        dead: dict[str, int] = {}
-        channels = 0
+        dead: dict[str, Tensor] = {}
         for layer in evidence.layers:
             silent = dead_channels(layer)
             if silent is None:
                 continue
             if layer.weight is not None and not evidence.is_run:
                 silent &= layer.weight.abs() >= ZERO  # `examine` has told of the others
-            if 0 < (count := int(silent.sum())) < layer.channels:
-                dead[layer.path] = count
-                channels += layer.channels
-        if dead:
-            total = sum(dead.values())
+            dead[layer.path] = silent
+        yield from self._told(
+            dead,
+            "hardly move on these batches: their variance or γ is next to 0",
+            "prune them, or initialize what feeds them again",
+        )
+
+    def _told(self, dead: dict[str, Tensor], what: str, fix: str) -> Iterator[Finding]:
+        """One finding for the layers of which some channels are dead, and not all."""
+        counts = {path: int(each.sum()) for path, each in dead.items()}
+        some = {path: n for path, n in counts.items() if 0 < n < dead[path].numel()}
+        if some:
+            total = sum(some.values())
+            channels = sum(dead[path].numel() for path in some)
             yield self.found(
                 Severity.INFO,
-                f"{total} of {channels} channels {in_layers(dead)} hardly move on these batches: "
-                "their variance or γ is next to 0",
-                sorted(dead, key=lambda path: -dead[path]),
-                "prune them, or initialize what feeds them again",
+                f"{total} of {channels} channels {in_layers(some)} {what}",
+                sorted(some, key=lambda path: -some[path]),
+                fix,
                 channels=float(total),
             )
