@@ -97,7 +97,7 @@ class Likeness(NamedTuple):
 
 
 def likeness(batches: list[Float[Tensor, "_ c"]]) -> Likeness:
-    """Compare batches of per-sample means, (n, c) each with its own n, by one-way analysis of variance.
+    """Compare batches of samples, (n, c) each with an n of its own, by analysis of variance.
 
     The statistic is Σ_c between_c / Σ_c within_c over channels that are scaled to variance one,
     each mean square over its degrees of freedom (Fisher 1925). Its distribution where batches
