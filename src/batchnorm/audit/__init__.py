@@ -5,7 +5,6 @@ from batchnorm.audit.checkpoint import SUFFIXES, checkpoints_at, read_checkpoint
 from batchnorm.audit.distance import Distance
 from batchnorm.audit.finding import Finding, Report, Severity
 from batchnorm.audit.gathering import NoBatchesError, label_loss
-from batchnorm.audit.graph import Graph
 from batchnorm.audit.noise import Noise
 from batchnorm.audit.onnx_file import read_onnx
 from batchnorm.audit.probe import Probe, watch
@@ -15,6 +14,7 @@ from batchnorm.audit.rules import RULES, find_rule
 from batchnorm.audit.script import run_script
 from batchnorm.audit.selection import Selection
 from batchnorm.audit.state import LayerState, State, state_of
+from batchnorm.models.graph import Graph
 
 __all__ = [
     "QUANTILES",

@@ -8,11 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from batchnorm.layers import BatchNorm
+from batchnorm.models.norms import TorchBatchNorm
 from batchnorm.statistics import Running, Statistics
 
-__all__ = ["Call", "TorchBatchNorm"]
-
-TorchBatchNorm = nn.modules.batchnorm._BatchNorm
+__all__ = ["Call"]
 
 
 @dataclass(slots=True)

@@ -11,19 +11,19 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from batchnorm.audit.calling import Forward
 from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Report
 from batchnorm.audit.gathering import LIMIT, Loss, Mask, gather
-from batchnorm.audit.graph import Graph
 from batchnorm.audit.judge import Look, evidence_for, graph_for, judge, state_for
 from batchnorm.audit.profiling import profiles_of
 from batchnorm.audit.rule import Rule
 from batchnorm.audit.rules import RULES
 from batchnorm.audit.selection import Selection
-from batchnorm.audit.snapshot import left_as_it_was
 from batchnorm.audit.state import State, state_of
-from batchnorm.audit.tracing import graph_of
+from batchnorm.models.calling import Forward
+from batchnorm.models.graph import Graph
+from batchnorm.models.snapshot import left_as_it_was
+from batchnorm.models.tracing import graph_of
 
 __all__ = ["audit", "check"]
 

@@ -16,19 +16,19 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from batchnorm.audit.call import TorchBatchNorm
-from batchnorm.audit.calling import (
+from batchnorm.audit.evidence import Evidence, LayerEvidence, Losses, Origin
+from batchnorm.audit.features import features
+from batchnorm.audit.leakage import leakage
+from batchnorm.audit.profile import GradientNorm
+from batchnorm.models.calling import (
     Forward,
     call,
     half,
     output_of,
     set_training,
 )
-from batchnorm.audit.evidence import Evidence, LayerEvidence, Losses, Origin
-from batchnorm.audit.features import features
-from batchnorm.audit.leakage import leakage
-from batchnorm.audit.profile import GradientNorm
-from batchnorm.audit.snapshot import left_as_it_was
+from batchnorm.models.norms import TorchBatchNorm
+from batchnorm.models.snapshot import left_as_it_was
 from batchnorm.moments import Moments
 
 __all__ = ["LIMIT", "Loss", "Mask", "NoBatchesError", "gather", "label_loss"]

@@ -9,10 +9,10 @@ import torch
 
 from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding
-from batchnorm.audit.graph import Graph
 from batchnorm.audit.rule import Rule
 from batchnorm.audit.selection import Selection
 from batchnorm.audit.state import State
+from batchnorm.models.graph import Graph
 
 __all__ = ["Look", "evidence_for", "graph_for", "judge", "state_for"]
 

@@ -11,11 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import unserializable_hook
 
-from batchnorm.audit.call import Call, TorchBatchNorm
+from batchnorm.audit.call import Call
 from batchnorm.audit.evidence import LayerEvidence, Origin
 from batchnorm.audit.model_history import ModelHistory
 from batchnorm.audit.profile import GradientNorm
 from batchnorm.audit.update import Direct, Update, direct
+from batchnorm.models.norms import TorchBatchNorm
 from batchnorm.moments import Moments
 
 __all__ = ["EVERY", "KEPT", "LayerHistory", "look"]

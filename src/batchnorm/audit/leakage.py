@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.audit.calling import Forward, output_of, set_training, with_tensors
-from batchnorm.audit.snapshot import repeatable
+from batchnorm.models.calling import Forward, output_of, set_training, with_tensors
+from batchnorm.models.snapshot import repeatable
 
 __all__ = ["Leakage", "leakage"]
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.audit.graph import Graph, Node
 from batchnorm.audit.state import LayerState, State
+from batchnorm.models.graph import Graph, Node
 
 __all__ = ["read_onnx"]
 

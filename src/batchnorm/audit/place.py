@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from batchnorm.audit.compiled import is_compiled
+from batchnorm.models.compiled import is_compiled
 
 __all__ = [
     "calling_place",

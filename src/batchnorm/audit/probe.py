@@ -25,8 +25,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from batchnorm.audit.call import Call, TorchBatchNorm
-from batchnorm.audit.compiled import is_compiled, original
+from batchnorm.audit.call import Call
 from batchnorm.audit.finding import Report
 from batchnorm.audit.history import History
 from batchnorm.audit.judge import Look, evidence_for, judge
@@ -35,6 +34,8 @@ from batchnorm.audit.profiling import profiles_of
 from batchnorm.audit.rule import Rule
 from batchnorm.audit.rules import RULES
 from batchnorm.audit.selection import Selection
+from batchnorm.models.compiled import is_compiled, original
+from batchnorm.models.norms import TorchBatchNorm
 
 __all__ = ["Probe", "watch"]
 

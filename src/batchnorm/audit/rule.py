@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from batchnorm.audit.call import Call
 from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Severity
-from batchnorm.audit.graph import Graph
 from batchnorm.audit.state import State
+from batchnorm.models.graph import Graph
 
 __all__ = ["Rule"]
 

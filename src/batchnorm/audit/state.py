@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.audit.call import TorchBatchNorm
+from batchnorm.models.norms import TorchBatchNorm
 
 __all__ = ["LayerState", "State", "state_of"]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from batchnorm.audit.finding import Finding, Severity, in_layers
-from batchnorm.audit.graph import Graph, Node
 from batchnorm.audit.rule import Rule
+from batchnorm.models.graph import Graph, Node
 
 __all__ = ["Unfoldable"]
 

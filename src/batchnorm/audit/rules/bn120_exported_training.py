@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from batchnorm.audit.finding import Finding, Severity
-from batchnorm.audit.graph import Graph
 from batchnorm.audit.rule import Rule
+from batchnorm.models.graph import Graph
 
 __all__ = ["ExportedTraining"]
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Severity, in_layers
-from batchnorm.audit.graph import Graph, Node
 from batchnorm.audit.rule import Rule
+from batchnorm.models.graph import Graph, Node
 
 __all__ = ["Wasted"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from batchnorm.audit.call import TorchBatchNorm
+from batchnorm.models.norms import TorchBatchNorm
 
 __all__ = ["Graph", "Node"]
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from batchnorm import BatchNorm1d, BatchNorm2d
 from batchnorm.audit import Finding, Selection, Severity, audit, check, read_onnx
-from batchnorm.audit.tracing import graph_of
+from batchnorm.models.tracing import graph_of
 
 
 def conv(i=3, o=4, **options) -> nn.Conv2d:

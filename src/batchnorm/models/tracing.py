@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from batchnorm.audit.call import TorchBatchNorm
-from batchnorm.audit.calling import Forward, call, with_tensors
-from batchnorm.audit.graph import Graph, Node
-from batchnorm.audit.snapshot import left_as_it_was
+from batchnorm.models.calling import Forward, call, with_tensors
+from batchnorm.models.graph import Graph, Node
+from batchnorm.models.norms import TorchBatchNorm
+from batchnorm.models.snapshot import left_as_it_was
 
 __all__ = ["graph_of"]
 

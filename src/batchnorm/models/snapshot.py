@@ -1,0 +1,123 @@
+"""Leave a model exactly as it was, whatever is done with it meanwhile."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
+
+__all__ = ["Snapshot", "left_as_it_was", "repeatable", "undone_on_failure"]
+
+
+class Snapshot:
+    """What a model is: classes, modes, attributes, buffers; and its parameters' values if asked.
+
+    Attributes are put back as they were bound, and lists, dictionaries and sets with what they
+    held; what other objects changed inside themselves is theirs.
+
+    - `parameters`: keep the parameters' values too, which takes their memory once more.
+    """
+
+    def __init__(self, model: nn.Module, *, parameters: bool = False) -> None:
+        modules = [m for m in model.modules() if not isinstance(m, (LazyModuleMixin, _SCRIPTED))]
+        self._classes = [(m, type(m)) for m in modules]
+        self._attributes = [(vars(m), dict(vars(m))) for m in modules]
+        self._held = [_held(value) for _, saved in self._attributes for value in saved.values()]
+        self._modes = {module: module.training for module in model.modules()}
+        tensors = [*model.buffers(), *(model.parameters() if parameters else ())]
+        self._values = [(t, t.detach().clone()) for t in tensors if not is_lazy(t)]
+
+    def restore(self) -> None:
+        """Make the model what it was."""
+        for module, kind in self._classes:
+            if type(module) is not kind:
+                module.__class__ = kind
+        for now, saved in self._attributes:
+            now.clear()
+            now.update(saved)
+        for put_back in self._held:
+            put_back()
+        for module, training in self._modes.items():
+            module.training = training
+        with torch.no_grad():
+            for tensor, values in self._values:
+                tensor.copy_(values)
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put a model back as it was, and the random state; record no gradients. See `Snapshot`."""
+    before = Snapshot(model)
+    with torch.random.fork_rng(_devices(model)), torch.no_grad():
+        try:
+            yield
+        finally:
+            before.restore()
+
+
+@contextmanager
+def undone_on_failure(model: nn.Module, *, parameters: bool = False) -> Iterator[Snapshot]:
+    """Put a model back as it was where the block raises; gives what it was. See `Snapshot`."""
+    before = Snapshot(model, parameters=parameters)
+    try:
+        yield before
+    except BaseException:
+        before.restore()
+        raise
+
+
+def repeatable(model: nn.Module) -> Callable[[], None]:
+    """A function that sets the random state back to what it is now, on the model's devices."""
+    here = torch.get_rng_state()
+    there = {index: torch.cuda.get_rng_state(index) for index in _devices(model)}
+
+    def again() -> None:
+        torch.set_rng_state(here)
+        for index, state in there.items():
+            torch.cuda.set_rng_state(state, index)
+
+    return again
+
+
+_SCRIPTED = torch.jit.ScriptModule
+
+
+def _devices(model: nn.Module) -> list[int]:
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    return sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
+
+
+def _held(value: Any) -> Callable[[], None]:
+    """What puts back what a container holds now, in the container that it is."""
+    if type(value) in (dict, OrderedDict):
+        entries = list(value.items())
+
+        def put_back() -> None:
+            value.clear()
+            value.update(entries)
+
+    elif type(value) is list:
+        items = list(value)
+
+        def put_back() -> None:
+            value[:] = items
+
+    elif type(value) is set:
+        members = set(value)
+
+        def put_back() -> None:
+            value.clear()
+            value.update(members)
+
+    else:
+
+        def put_back() -> None:
+            pass
+
+    return put_back

@@ -1,0 +1,32 @@
+"""What a repair says of itself: a title, and a table of the layers it touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["table"]
+
+SHOWN = 12  # rows; a network has hundreds of layers
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The title, and under it columns of text; the first of many rows, and how many more.
+
+    ```text
+    Recalibration: 7 layers, 1,797 samples
+      layer    mean moved  std
+      1        0.31 σ      ×0.93
+      2.norm1  0.02 σ      ×1.01
+    ```
+    """
+    if not rows:
+        return title
+    shown = [head, *rows[:SHOWN]]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    lines = [title]
+    for row in shown:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  " + "  ".join(cells).rstrip())
+    if len(rows) > SHOWN:
+        lines.append(f"  and {len(rows) - SHOWN} more")
+    return "\n".join(lines)
