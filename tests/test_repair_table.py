@@ -1,0 +1,19 @@
+"""What a repair prints of itself."""
+
+from __future__ import annotations
+
+from batchnorm.repair.table import table
+
+
+def test_columns_line_up_without_white_space_at_the_end():
+    printed = table("Repair: 2 layers", ["layer", "std"], [["1", "×0.93"], ["2.norm1", "×1"]])
+    assert printed == "Repair: 2 layers\n  layer    std\n  1        ×0.93\n  2.norm1  ×1"
+
+
+def test_of_many_rows_the_first_are_shown_and_the_others_counted():
+    lines = table("t", ["n"], [[str(n)] for n in range(15)]).splitlines()
+    assert lines[2:] == [f"  {n}" for n in range(12)] + ["  and 3 more"]
+
+
+def test_without_rows_there_is_a_title_alone():
+    assert table("Repair: nothing to do", ["layer"], []) == "Repair: nothing to do"
