@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["example", "write_atomically"]
+__all__ = ["example", "replacing", "write_atomically"]
 
 
 def example(name: str) -> Path:
@@ -15,11 +17,21 @@ def example(name: str) -> Path:
     return installed if installed.exists() else package.parents[1] / "examples" / name
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside `path` and rename into place: readers see the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which takes its place at the end, and not on failure.
+
+    Readers see the old file or the whole new one.
+    """
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # writers look at the suffix
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file whole or not at all; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
