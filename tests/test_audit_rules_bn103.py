@@ -334,7 +334,7 @@ def test_a_transient_that_has_caught_up_by_the_last_evaluation_is_not_reported(n
 def test_its_own_advice_helps(norm):
     layer, seen = norm(4, momentum=0.001), batches(ENOUGH)
     (finding,) = watch(layer, seen)
-    assert "update_bn(loader, model)" in finding.fix
+    assert "batchnorm.recalibrate(model, loader)" in finding.fix
     layer.reset_running_stats()
     assert watch(layer, seen, lambda: update_bn(seen, layer)) == []
 

@@ -11,7 +11,7 @@ from batchnorm.layers import BatchNorm
 from batchnorm.models.norms import TorchBatchNorm
 from batchnorm.statistics import Running, Statistics
 
-__all__ = ["Call"]
+__all__ = ["Call", "batches_version", "policy_of"]
 
 
 @dataclass(slots=True)
@@ -49,8 +49,8 @@ class Call:
 
     @property
     def policy(self) -> Statistics | None:
-        """This library's statistics policy; None for `torch.nn`'s layers."""
-        return self.layer.statistics if isinstance(self.layer, BatchNorm) else None
+        """See `policy_of`."""
+        return policy_of(self.layer)
 
     @property
     def normalizes_with_batch(self) -> bool:
@@ -75,9 +75,19 @@ class Call:
         return None if mean is None or var is None else (mean.clone(), var.clone())
 
     def batches_version(self) -> int | None:
-        """A number that grows whenever the count of batches is written; None without one.
+        """See `batches_version`."""
+        return batches_version(self.layer)
 
-        Every training pass writes it. (PyTorch's kernels move the running mean itself unseen.)
-        """
-        batches = self.layer._buffers.get("num_batches_tracked")
-        return None if batches is None or batches.is_inference() else batches._version
+
+def policy_of(layer: nn.Module) -> Statistics | None:
+    """This library's statistics policy; None for `torch.nn`'s layers."""
+    return layer.statistics if isinstance(layer, BatchNorm) else None
+
+
+def batches_version(layer: nn.Module) -> int | None:
+    """A number that grows whenever a layer's count of batches is written; None without one.
+
+    Every training pass writes it. (PyTorch's kernels move the running mean itself unseen.)
+    """
+    batches = layer._buffers.get("num_batches_tracked")
+    return None if batches is None or batches.is_inference() else batches._version

@@ -44,6 +44,7 @@ class LayerEvidence:
     - `decay`: the weight decay that an optimizer applies to its γ or β.
     - `learns`: whether γ or β had a gradient to get in any training pass that was looked at.
     - `is_averaged`: whether it is part of averaged weights (`AveragedModel`).
+    - `is_corrected`: whether it corrects the batch's statistics towards the running ones.
     """
 
     path: str
@@ -64,6 +65,7 @@ class LayerEvidence:
     decay: float = 0.0
     learns: bool = True
     is_averaged: bool = False
+    is_corrected: bool = False
 
     @property
     def alike(self) -> list[Moments]:

@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
+from batchnorm.audit.call import policy_of
 from batchnorm.audit.evidence import Evidence, LayerEvidence, Losses, Origin
 from batchnorm.audit.features import features
 from batchnorm.audit.leakage import leakage
@@ -30,6 +31,7 @@ from batchnorm.models.calling import (
 from batchnorm.models.norms import TorchBatchNorm
 from batchnorm.models.snapshot import left_as_it_was
 from batchnorm.moments import Moments
+from batchnorm.statistics import Renorm
 
 __all__ = ["LIMIT", "Loss", "Mask", "NoBatchesError", "gather", "label_loss"]
 
@@ -220,6 +222,7 @@ class _Layers:
                 is_new=self._new[layer],
                 mixes_in_eval=layer.running_mean is None,
                 learns=not learns or any(p.requires_grad for p in learns),
+                is_corrected=isinstance(policy_of(layer), Renorm),
             )
         return self.seen[layer]
 

@@ -105,10 +105,7 @@ class History:
             group = mine.get(own.parameter)
             if group is None or own.affine is None or own.affine() is None:
                 continue
-            if own.backwards:
-                own.updates[own.backwards] += 1
-            own.backwards = 0
-            own.decay = float(group.get("weight_decay") or 0.0)
+            own.note_step(float(group.get("weight_decay") or 0.0))
 
     def evidence(self, uncalled: list[str]) -> Evidence:
         """What the rules weigh: the run as it stands now."""

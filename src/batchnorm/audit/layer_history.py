@@ -11,13 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import unserializable_hook
 
-from batchnorm.audit.call import Call
+from batchnorm.audit.call import Call, batches_version
 from batchnorm.audit.evidence import LayerEvidence, Origin
 from batchnorm.audit.model_history import ModelHistory
 from batchnorm.audit.profile import GradientNorm
 from batchnorm.audit.update import Direct, Update, direct
 from batchnorm.models.norms import TorchBatchNorm
 from batchnorm.moments import Moments
+from batchnorm.statistics import Renorm
 
 __all__ = ["EVERY", "KEPT", "LayerHistory", "look"]
 
@@ -51,6 +52,7 @@ class LayerHistory:
         self.layer = ref(layer)
         self.leads = leads
         self.is_averaged = isinstance(call.root, AveragedModel)
+        self.is_corrected = isinstance(call.policy, Renorm)
         self.channels = layer.num_features
         self.momentum: float | None = layer.momentum
         self.eps = layer.eps
@@ -68,6 +70,7 @@ class LayerHistory:
         self.used: tuple[Tensor, Tensor, list[Update | Direct]] | None = None
         self.evaluated: deque[Update | Direct] = deque(maxlen=KEPT)
         self.backwards = 0  # since the last step of an optimizer
+        self.stepped_at = batches_version(layer)
         self.failed = ""
         self.task = -1  # of autograd: the last backward pass
         self.updates: Counter[int] = Counter()
@@ -174,6 +177,20 @@ class LayerHistory:
             self.backwards = 0
         self.backwards += 1
 
+    def note_step(self, decay: float) -> None:
+        """Count the backward passes that a step of the optimizer added up.
+
+        As many as the statistics had batches: one, where those of several passes were pooled.
+        """
+        layer = self.layer()
+        version = None if layer is None else batches_version(layer)
+        if self.backwards:
+            apart = self.backwards
+            if version is not None and self.stepped_at is not None:
+                apart = min(apart, max(version - self.stepped_at, 1))
+            self.updates[apart] += 1
+        self.stepped_at, self.backwards, self.decay = version, 0, decay
+
     def evidence(self) -> LayerEvidence:
         """At the last evaluation, or now if training went on after it.
 
@@ -203,6 +220,7 @@ class LayerHistory:
             decay=self.decay,
             learns=not self.frozen or bool(self.learning),
             is_averaged=self.is_averaged,
+            is_corrected=self.is_corrected,
         )
 
 

@@ -14,7 +14,15 @@ from batchnorm.audit.finding import Finding, Severity
 from batchnorm.audit.state import State
 from batchnorm.models.graph import Graph
 
-__all__ = ["Rule"]
+__all__ = ["Rule", "repair"]
+
+
+def repair(call: str, remark: str = "") -> str:
+    """A repair, to paste into a script that has a `model`, a `loader`, an `optimizer`.
+
+    `import batchnorm; batchnorm.recalibrate(model, loader)  # before evaluating`
+    """
+    return f"import batchnorm; batchnorm.{call}" + (f"  # {remark}" if remark else "")
 
 
 class Rule:

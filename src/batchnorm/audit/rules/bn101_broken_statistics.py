@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from batchnorm.audit.finding import Finding, Severity
-from batchnorm.audit.rule import Rule
+from batchnorm.audit.rule import Rule, repair
 from batchnorm.audit.state import LayerState, State
 
 __all__ = ["BrokenStatistics"]
@@ -33,8 +33,8 @@ class BrokenStatistics(Rule):
 
     ## Fix
 
-    Estimate the statistics again from data, `torch.optim.swa_utils.update_bn(loader, model)` after
-    `layer.reset_running_stats()`. This library's layers skip a batch that is not finite.
+    Estimate the statistics again from data, `batchnorm.recalibrate(model, loader)`. This library's
+    layers skip a batch that is not finite.
 
     ## When it is fine
 
@@ -59,7 +59,7 @@ class BrokenStatistics(Rule):
             yield from self._examine(layer)
 
     def _examine(self, layer: LayerState) -> Iterator[Finding]:
-        fix = "layer.reset_running_stats(), then torch.optim.swa_utils.update_bn(loader, model)"
+        fix = repair("recalibrate(model, loader)")
         held = {"mean": layer.running_mean, "variance": layer.running_var}
         for name, values in held.items():
             broken = 0 if values is None else int((~values.isfinite()).sum())

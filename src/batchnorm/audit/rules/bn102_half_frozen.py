@@ -6,14 +6,16 @@ from collections.abc import Iterator
 
 from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Severity, in_layers
-from batchnorm.audit.rule import Rule
+from batchnorm.audit.rule import Rule, repair
 from batchnorm.audit.state import LayerState, State
 from batchnorm.layers import BatchNorm
 from batchnorm.statistics import Running
 
 __all__ = ["HalfFrozen"]
 
-_FIX = "freeze() of this library's layers; of torch.nn's, .eval() after every model.train()"
+_FIX = repair(
+    "freeze(model, where=lambda path, norm: any(not p.requires_grad for p in norm.parameters()))"
+)
 
 
 class HalfFrozen(Rule):
@@ -36,8 +38,8 @@ class HalfFrozen(Rule):
 
     ## Fix
 
-    `layer.freeze()` of this library's layers survives `model.train()`; for torch.nn's,
-    `backbone.eval()` after every `model.train()`.
+    `batchnorm.freeze(backbone)`, which survives `model.train()`; or `backbone.eval()` after every
+    `model.train()`.
 
     ## When it is fine
 

@@ -11,7 +11,7 @@ from batchnorm.audit.distance import Distance
 from batchnorm.audit.evidence import Evidence, LayerEvidence, Losses
 from batchnorm.audit.finding import Finding, Severity
 from batchnorm.audit.profiling import running_distance
-from batchnorm.audit.rule import Rule
+from batchnorm.audit.rule import Rule, repair
 
 __all__ = ["StaleStatistics"]
 
@@ -40,9 +40,8 @@ class StaleStatistics(Rule):
 
     ## Fix
 
-    Estimate the statistics again with the final weights,
-    `torch.optim.swa_utils.update_bn(loader, model)`; for the next run, a larger momentum, or
-    `momentum=None` for the plain average.
+    Estimate the statistics again with the final weights, `batchnorm.recalibrate(model, loader)`;
+    for the next run, a larger momentum, or `momentum=None` for the plain average.
 
     ## When it is fine
 
@@ -86,8 +85,7 @@ class StaleStatistics(Rule):
             Severity.WARNING,
             message,
             [path],
-            "torch.optim.swa_utils.update_bn(loader, model) before evaluating; then a larger "
-            "momentum",
+            repair("recalibrate(model, loader)", "before evaluating; next time, a larger momentum"),
             **numbers,
         )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Severity
-from batchnorm.audit.rule import Rule
+from batchnorm.audit.rule import Rule, repair
 
 __all__ = ["Companions"]
 
@@ -31,7 +31,7 @@ class Companions(Rule):
     ## Fix
 
     Layers with running statistics, estimated again on training data:
-    `torch.optim.swa_utils.update_bn(loader, model)`.
+    `batchnorm.recalibrate(model, loader)`.
 
     ## When it is fine
 
@@ -58,6 +58,6 @@ class Companions(Rule):
                 f"in eval mode outputs change by {evidence.companions:.0%} of the largest when the "
                 "other half of the batch is taken away",
                 using,
-                "track_running_stats=True, then torch.optim.swa_utils.update_bn(loader, model)",
+                "track_running_stats=True, then " + repair("recalibrate(model, loader)"),
                 change=evidence.companions,
             )

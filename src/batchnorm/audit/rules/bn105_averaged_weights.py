@@ -12,12 +12,12 @@ from torch import Tensor
 from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Severity, in_layers
 from batchnorm.audit.profiling import running_distance
-from batchnorm.audit.rule import Rule
+from batchnorm.audit.rule import Rule, repair
 from batchnorm.audit.state import LayerState, State
 
 __all__ = ["AveragedWeights"]
 
-FIX = "torch.optim.swa_utils.update_bn(loader, averaged_model) before it is evaluated or saved"
+FIX = repair("recalibrate(averaged_model, loader)", "before it is evaluated or saved")
 
 
 class AveragedWeights(Rule):
@@ -43,8 +43,8 @@ class AveragedWeights(Rule):
 
     ## Fix
 
-    `torch.optim.swa_utils.update_bn(loader, averaged_model)` after averaging, or
-    `AveragedModel(..., use_buffers=True)`, which averages the statistics too.
+    `batchnorm.recalibrate(averaged_model, loader)` after averaging, or
+    `batchnorm.average(model, models)`, which merges the statistics as well.
 
     ## When it is fine
 

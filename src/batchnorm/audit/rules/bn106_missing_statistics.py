@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from batchnorm.audit.finding import Finding, Severity, in_layers
-from batchnorm.audit.rule import Rule
+from batchnorm.audit.rule import Rule, repair
 from batchnorm.audit.state import State
 
 __all__ = ["MissingStatistics"]
@@ -33,7 +33,7 @@ class MissingStatistics(Rule):
     ## Fix
 
     Save `model.state_dict()`. Where the statistics are lost, estimate them again from training
-    data: `torch.optim.swa_utils.update_bn(loader, model)`.
+    data: `batchnorm.recalibrate(model, loader)`.
 
     ## When it is fine
 
@@ -77,6 +77,6 @@ class MissingStatistics(Rule):
                 Severity.WARNING,
                 f"trained γ and β over statistics still exactly 0 and 1 {in_layers(untouched)}",
                 untouched,
-                "torch.optim.swa_utils.update_bn(loader, model) before inference",
+                repair("recalibrate(model, loader)", "before inference"),
                 layers=float(len(untouched)),
             )

@@ -8,7 +8,7 @@ import torch
 
 from batchnorm.audit.call import Call
 from batchnorm.audit.finding import Finding, Severity, in_layers
-from batchnorm.audit.rule import Rule
+from batchnorm.audit.rule import Rule, repair
 
 __all__ = ["CountedTwice"]
 
@@ -77,7 +77,7 @@ class CountedTwice(Rule):
                 f"running statistics moved again while {passes} backward passes recomputed them, "
                 f"{in_layers(paths)}",
                 paths,
-                "batchnorm.BatchNorm2d in its place, or a momentum of 1 − √(1 − m)",
+                repair('convert(model, to="batchnorm")', "or a momentum of 1 − √(1 − m)"),
                 layers=float(len(paths)),
                 passes=float(passes),
             )

@@ -47,7 +47,8 @@ class MovedWithoutGradients(Rule):
     ## Fix
 
     `model.eval()` before, `model.train()` after. For a network that must never learn statistics,
-    `layer.freeze()`, which survives `model.train()`. For a dummy pass, `model.eval()` too.
+    `batchnorm.freeze(model)`, which survives `model.train()`. For passes that have to be in
+    training mode, a teacher's or a dummy's, `with batchnorm.frozen_statistics(model):`.
 
     ## When it is fine
 
@@ -112,7 +113,7 @@ class MovedWithoutGradients(Rule):
                 f"{times} with gradients off: the model was in training mode",
                 modules=tuple(path for _, path in counts),
                 place=place,
-                fix="call model.eval() before this line, and model.train() before training goes on",
+                fix="model.eval()  # before this line, and model.train() before training goes on",
                 layers=float(len(counts)),
                 passes=float(passes),
             )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from batchnorm.audit.call import Call
 from batchnorm.audit.finding import Finding, Severity
 from batchnorm.audit.place import calling_place
-from batchnorm.audit.rule import Rule
+from batchnorm.audit.rule import Rule, repair
 
 __all__ = ["OneValuePerChannel"]
 
@@ -74,6 +74,7 @@ class OneValuePerChannel(Rule):
                 f"an input of shape {shape} leaves one value per channel, which has no variance",
                 modules=(path,),
                 place=place,
-                fix="DataLoader(..., drop_last=True), larger batches, or frozen statistics",
+                fix="DataLoader(..., drop_last=True), larger batches, or "
+                + repair("freeze(model)"),
                 values_per_channel=1.0,
             )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Severity, in_layers
 from batchnorm.audit.noise import Noise, noise
-from batchnorm.audit.rule import Rule
+from batchnorm.audit.rule import Rule, repair
 
 __all__ = ["NoisyStatistics"]
 
@@ -41,7 +41,8 @@ class NoisyStatistics(Rule):
 
     ## When it is fine
 
-    Where noise is meant to regularize, as with ghost batches. Batches that differ because they are
+    Where noise is meant to regularize, as with ghost batches. Layers with the policy `Renorm`,
+    which corrects the batch's statistics, are not reported. Batches that differ because they are
     sorted are as noisy; BN124 tells.
 
     ## Evidence
@@ -58,7 +59,8 @@ class NoisyStatistics(Rule):
         found: dict[str, Noise] = {}
         for layer in evidence.layers:
             measured = noise(layer.alike, layer.eps)
-            if measured is None or layer.is_frozen or layer.is_averaged:
+            mixed = not (layer.is_frozen or layer.is_averaged or layer.is_corrected)
+            if measured is None or not mixed:
                 continue
             if measured.value - 2 * measured.error > LARGEST:
                 found[layer.path] = measured
@@ -71,8 +73,10 @@ class NoisyStatistics(Rule):
                 f"each batch's own statistics move an output by {most}{worst.value:.2g} ± "
                 f"{worst.error:.1g} standard deviations, {in_layers(paths)}",
                 paths,
-                "larger batches, statistics=Renorm(...), frozen statistics when fine-tuning, or "
-                "GroupNorm",
+                repair(
+                    "convert(model, to=batchnorm.Renorm())",
+                    'or larger batches; freeze(model) when fine-tuning; to="group_norm"',
+                ),
                 noise=worst.value,
                 error=worst.error,
                 layers=float(len(paths)),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from batchnorm.audit.finding import Finding, Severity, in_layers
-from batchnorm.audit.rule import Rule
+from batchnorm.audit.rule import Rule, repair
 from batchnorm.audit.state import State
 from batchnorm.layers import BatchNorm
 
@@ -71,7 +71,9 @@ class StrippedSubclass(Rule):
                 Severity.INFO,
                 f"{name}, a subclass of batch norm{own}, {in_layers(layers)}",
                 layers,
-                "before convert_sync_batchnorm or folding, replace it by layers of this library",
+                repair(
+                    'convert(model, to="batchnorm")', "says which it would strip, and leaves them"
+                ),
                 layers=float(len(layers)),
             )
 

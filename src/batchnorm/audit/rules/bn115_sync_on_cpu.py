@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from batchnorm.audit.finding import Finding, Severity, in_layers
-from batchnorm.audit.rule import Rule
+from batchnorm.audit.rule import Rule, repair
 from batchnorm.audit.state import LayerState, State
 
 __all__ = ["SyncOnCPU"]
@@ -55,7 +55,7 @@ class SyncOnCPU(Rule):
                 Severity.WARNING,
                 f"torch.nn.SyncBatchNorm on the CPU, where it cannot train, {in_layers(paths)}",
                 paths,
-                "BatchNorm1d, 2d or 3d in its place; it loads the same state dict",
+                repair('convert(model, to="batchnorm", example=batch)', "the same state dict"),
                 layers=float(len(paths)),
             )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from batchnorm.audit.finding import Finding, Severity, in_layers
-from batchnorm.audit.rule import Rule
+from batchnorm.audit.rule import Rule, repair
 from batchnorm.models.graph import Graph, Node
 
 __all__ = ["Unfoldable"]
@@ -65,7 +65,7 @@ class Unfoldable(Rule):
                 Severity.INFO,
                 f"not to be folded, since {reason}, {in_layers(paths)}",
                 paths,
-                "leave them out of the fold, and compare outputs before and after it",
+                repair("fold(model.eval(), batch)", "which leaves them out"),
                 layers=float(len(paths)),
             )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from batchnorm.audit.finding import Finding, Severity, in_layers
-from batchnorm.audit.rule import Rule
+from batchnorm.audit.rule import Rule, repair
 from batchnorm.audit.state import State
 
 __all__ = ["HalfPrecision"]
@@ -73,7 +73,7 @@ class HalfPrecision(Rule):
                     severity,
                     f"{what} in {dtypes}, {in_layers(paths)}",
                     paths,
-                    "layer.float() for every batch norm layer, before training goes on",
+                    repair('convert(model, to="batchnorm")', "which keeps them float32"),
                     layers=float(len(paths)),
                 )
 

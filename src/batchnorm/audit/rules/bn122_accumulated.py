@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Severity
-from batchnorm.audit.rule import Rule
+from batchnorm.audit.rule import Rule, repair
 
 __all__ = ["Accumulated"]
 
@@ -17,7 +17,7 @@ class Accumulated(Rule):
     """## What it finds
 
     Optimizer steps that add up the gradients of several forward and backward passes, while each
-    pass normalizes with its own micro-batch.
+    pass normalizes with its own micro-batch and moves the running statistics.
 
     ## Why it hurts
 
@@ -35,8 +35,8 @@ class Accumulated(Rule):
 
     ## Fix
 
-    Larger batches where memory allows (`rematerialize(model)`); a momentum of m / k; or report
-    the micro-batch as the batch that batch norm saw.
+    `batchnorm.accumulate(model, k)`: the running statistics take up k micro-batches as one batch.
+    For normalization too, larger batches where memory allows (`rematerialize(model)`).
 
     ## When it is fine
 
@@ -64,8 +64,7 @@ class Accumulated(Rule):
                     f"{times} of {steps} optimizer steps added up the gradients of {backwards} "
                     "backward passes, each normalized by its own batch",
                     [layer.path],
-                    f"momentum / {backwards}; larger batches where batchnorm.rematerialize(model) "
-                    "makes room for them",
+                    repair(f"accumulate(model, {backwards})", "before training"),
                     passes=float(backwards),
                     steps=float(steps),
                 )

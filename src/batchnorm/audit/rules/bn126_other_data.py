@@ -10,7 +10,7 @@ from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Severity
 from batchnorm.audit.noise import FEWEST
 from batchnorm.audit.profiling import running_distance
-from batchnorm.audit.rule import Rule
+from batchnorm.audit.rule import Rule, repair
 
 __all__ = ["OtherData"]
 
@@ -35,10 +35,10 @@ class OtherData(Rule):
 
     ## Fix
 
-    Estimate the statistics again on unlabelled data of deployment
-    (`torch.optim.swa_utils.update_bn(loader, model)`), which repairs much of what shift and
-    stretch break (Schneider et al. 2020, "Improving robustness against common corruptions by
-    covariate shift adaptation"); or adapt γ and β too (Wang et al. 2021, "Tent").
+    `batchnorm.adapt(model)`, which mixes the statistics of what comes in with the source's
+    (Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift
+    adaptation"), and γ and β too if asked (Wang et al. 2021, "Tent"); or, where deployment's data
+    stay as they are, `batchnorm.recalibrate(model, loader)` on unlabelled data of it.
 
     ## When it is fine
 
@@ -70,6 +70,6 @@ class OtherData(Rule):
                     f"deviations from the running mean, ×{d.stretch_factor:.2g} from the running "
                     "standard deviation",
                     [layer.path],
-                    "torch.optim.swa_utils.update_bn(deployment_loader, model)",
+                    repair("adapt(model.eval())", "or recalibrate(model, deployment_loader)"),
                     **asdict(d),
                 )

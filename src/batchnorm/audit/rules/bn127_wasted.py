@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Severity, in_layers
-from batchnorm.audit.rule import Rule
+from batchnorm.audit.rule import Rule, repair
 from batchnorm.models.graph import Graph, Node
 
 __all__ = ["Wasted"]
@@ -35,8 +35,8 @@ class Wasted(Rule):
 
     ## Fix
 
-    `bias=False`; dropout behind the last batch norm; parameter groups with `weight_decay=0` for γ
-    and β.
+    `bias=False`, or of trained weights `batchnorm.convert(model, to="drop_bias")`; dropout behind
+    the last batch norm; `batchnorm.parameter_groups(model, weight_decay)`, whose γ and β have none.
 
     ## When it is fine
 
@@ -72,7 +72,7 @@ class Wasted(Rule):
                 Severity.INFO,
                 f"a bias that the batch norm behind it takes out again, {in_layers(biases)}",
                 biases,
-                "bias=False",
+                repair('convert(model, to="drop_bias", example=batch)', "or bias=False"),
                 layers=float(len(biases)),
             )
         if dropouts:
@@ -93,7 +93,7 @@ class Wasted(Rule):
                 Severity.INFO,
                 f"weight decay of {max(decayed.values()):g} on γ and β {in_layers(decayed)}",
                 decayed,
-                "a parameter group with weight_decay=0 for γ and β",
+                repair("parameter_groups(model, optimizer=optimizer)"),
                 decay=max(decayed.values()),
             )
 

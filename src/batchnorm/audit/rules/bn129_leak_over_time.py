@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Severity
-from batchnorm.audit.rule import Rule
+from batchnorm.audit.rule import Rule, repair
 
 __all__ = ["LeakOverTime"]
 
@@ -56,7 +56,10 @@ class LeakOverTime(Rule):
                 f"changing later positions changes earlier outputs by {leak.training:.2%} of the "
                 f"largest in training mode, by {leak.inference:.0%} in eval mode",
                 [layer.path for layer in evidence.layers if not layer.is_frozen],
-                "torch.nn.LayerNorm or RMSNorm over the channels of each position",
+                repair(
+                    'convert(model, to="layer_norm")',
+                    "over the channels of each position; then train",
+                ),
                 training=leak.training,
                 inference=leak.inference,
             )
