@@ -32,8 +32,8 @@ class CountedTwice(Rule):
 
     ## Fix
 
-    This library's layers know a recomputation and leave the statistics alone. For torch.nn's, half
-    the momentum: 1 − √(1 − m).
+    This library's layers know a recomputation and leave the statistics alone:
+    `batchnorm.convert(model, to="batchnorm")`. For torch.nn's, half the momentum: 1 − √(1 − m).
 
     ## When it is fine
 

@@ -36,8 +36,9 @@ class NoisyStatistics(Rule):
     ## Fix
 
     Larger batches (`rematerialize(model)` frees memory for them), statistics over several ranks
-    (SyncBatchNorm), `BatchNorm2d(c, statistics=Renorm(...))`, frozen statistics when fine-tuning,
-    or `torch.nn.GroupNorm`.
+    (SyncBatchNorm), statistics corrected towards the running ones
+    (`batchnorm.convert(model, to=Renorm())`), frozen ones when fine-tuning
+    (`batchnorm.freeze(model)`), or `batchnorm.convert(model, to="group_norm")`.
 
     ## When it is fine
 

@@ -31,7 +31,8 @@ class SyncOnCPU(Rule):
 
     ## Fix
 
-    Build the model with `BatchNorm2d` for use on one machine; state dicts fit both ways.
+    `batchnorm.convert(model, to="batchnorm", example=batch)` for use on one machine; state dicts
+    fit both ways.
 
     ## When it is fine
 

@@ -33,7 +33,8 @@ class NoMomentum(Rule):
 
     ## Fix
 
-    1 − m for a momentum m of Keras, TensorFlow or Flax; None for the average of all batches.
+    1 − m for a momentum m of Keras, TensorFlow or Flax, which `batchnorm.port(weights, "keras")`
+    tells and sets; None for the average of all batches.
 
     ## When it is fine
 

@@ -36,7 +36,8 @@ class Unfoldable(Rule):
 
     ## Fix
 
-    Leave these layers out of the fold, and compare outputs before and after it.
+    `batchnorm.fold(model, batch)`, which goes by the order of operations, leaves these layers out
+    and says why, and compares outputs before and after.
 
     ## When it is fine
 

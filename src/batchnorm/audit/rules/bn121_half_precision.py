@@ -33,7 +33,8 @@ class HalfPrecision(Rule):
     ## Fix
 
     Keep batch norm layers in float32 (`layer.float()`; autocast does). This library's layers
-    keep their statistics in float32 under `.half()` and `.bfloat16()`.
+    keep their statistics in float32 under `.half()` and `.bfloat16()`:
+    `batchnorm.convert(model, to="batchnorm")`.
 
     ## When it is fine
 

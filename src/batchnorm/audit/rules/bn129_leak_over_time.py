@@ -31,7 +31,8 @@ class LeakOverTime(Rule):
 
     ## Fix
 
-    A normalization of each position by itself: `torch.nn.LayerNorm` or `RMSNorm` over the channels.
+    A normalization of each position by itself, over the channels:
+    `batchnorm.convert(model, to="layer_norm")`, or `"rms_norm"`. Then train.
 
     ## When it is fine
 
