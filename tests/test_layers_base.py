@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import oracle
 from batchnorm import Batch, BatchNorm1d, BatchNorm2d, Ghost, Renorm, Running
+from batchnorm.statistics.running import Untracked
 
 
 @pytest.mark.parametrize("act", ["relu", nn.LeakyReLU(0.2), "gelu"], ids=str)
@@ -131,6 +132,90 @@ def test_freeze_survives_train_deepcopy_and_pickling():
     assert frozen.statistics == Ghost(2)
     assert [p.requires_grad for p in frozen.parameters()] == [True, False]
     assert frozen.unfreeze().statistics == Ghost(2)
+
+
+def test_switches_are_set_anew_and_taken_back_as_they_first_were():
+    layer = BatchNorm1d(3, statistics=Ghost(2))
+    layer.bias.requires_grad_(False)
+    layer.freeze().freeze(statistics="batch", learns=True)
+    assert layer.statistics == Untracked(Ghost(2))
+    assert [p.requires_grad for p in layer.parameters()] == [True, False]
+    assert layer.freeze(statistics="batch", updates=True).statistics == Ghost(2)
+    assert layer.freeze(updates=True).statistics == Running(updates=True)
+    assert "statistics=Running(updates=True)" in repr(layer)
+    assert layer.unfreeze().statistics == Ghost(2)
+    assert [p.requires_grad for p in layer.parameters()] == [True, False]
+    plain = BatchNorm1d(3, statistics=Running())
+    assert plain.freeze(statistics="batch", updates=True).statistics == Batch()
+    untracked = BatchNorm1d(3, statistics=Untracked(Renorm()))
+    assert untracked.freeze(statistics="batch", updates=True).statistics == Renorm()
+
+
+def test_running_statistics_that_are_used_may_follow_the_batches():
+    layer, plain = BatchNorm1d(3, statistics=Running(updates=True)), nn.BatchNorm1d(3)
+    for scale in (1, 5):
+        x = torch.randn(6, 3, 4) * scale + 1
+        want = copy.deepcopy(plain).eval()(x)  # as it was before this batch
+        torch.testing.assert_close(layer(x), want)
+        plain(x)
+        for ours, theirs in zip(layer.buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    mask = torch.arange(4) < torch.tensor([[4], [2], [1], [3], [0], [2]])
+    padded = torch.where(mask.unsqueeze(1), x, 1e6)
+    masked = BatchNorm1d(3, statistics=Running(updates=True))
+    masked(padded, mask=mask)
+    normal = BatchNorm1d(3)
+    normal(padded, mask=mask)
+    assert torch.equal(masked.running_var, normal.running_var)
+    before = copy.deepcopy(layer.state_dict())
+    layer(torch.randn(1, 3))  # one value has no variance: nothing to follow
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+    layer(torch.randn(0, 3))  # as torch.nn counts it
+    assert layer.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("policy", [Batch(), Ghost(2), Renorm(2.0, 1.0)], ids=repr)
+def test_an_untracked_policy_computes_the_same_and_moves_nothing(policy):
+    layer = BatchNorm1d(3, statistics=Untracked(policy))
+    plain = BatchNorm1d(3, statistics=policy)
+    x = torch.randn(6, 3) * 2 + 1
+    before = copy.deepcopy(layer.state_dict())
+    assert torch.equal(layer(x), plain(x))
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+    with pytest.raises(ValueError, match="1 value per channel"):
+        layer(x[:1])
+    if policy.needs_running:
+        with pytest.raises(ValueError, match="this layer has none"):
+            BatchNorm1d(3, track_running_stats=False, statistics=Untracked(policy))
+
+
+@pytest.mark.parametrize("policy", [Running(updates=True), Untracked(Ghost(2))], ids=repr)
+@pytest.mark.as_installed
+def test_the_frozen_policies_compile_whole_and_export(policy):
+    torch._dynamo.reset()
+    layer = BatchNorm1d(3, act="relu", statistics=policy)
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
+    for training in (True, True, False):
+        x = (torch.randn(6, 3) * 2 + 1).requires_grad_()
+        y, want = compiled.train(training)(x), layer.train(training)(x)
+        torch.testing.assert_close(y, want)
+        gradients = [torch.autograd.grad(each.square().sum(), x)[0] for each in (y, want)]
+        torch.testing.assert_close(*gradients)
+        for a, b in zip(compiled.buffers(), layer.buffers(), strict=True):
+            torch.testing.assert_close(a, b)
+    program = torch.export.export(copy.deepcopy(layer.train()), (x.detach(),)).module()
+    torch.testing.assert_close(program(x), layer(x))
+    torch.testing.assert_close(program.running_var, layer.running_var)
+
+
+def test_freezing_lets_go_of_gradients():
+    """An optimizer steps along those that are left, and decays by a zero one."""
+    layer = BatchNorm1d(3)
+    layer(torch.randn(4, 3)).square().sum().backward()
+    layer.freeze(learns=True)
+    assert layer.weight.grad is not None
+    layer.freeze()
+    assert layer.weight.grad is layer.bias.grad is None
 
 
 def test_a_frozen_layer_passes_gradients_to_its_input():

@@ -96,6 +96,20 @@ def test_freezing_all_domains_and_back(separate):
     assert layer.layers["clean"].num_batches_tracked.item() == 1
 
 
+def test_each_switch_of_all_domains():
+    layer = norm()
+    layer.freeze(statistics="batch", learns=True)
+    x = torch.randn(8, 3) * 5 + 20
+    y = layer(x, domain="clean")
+    torch.testing.assert_close(y, BatchNorm1d(3)(x))
+    assert layer.layers["clean"].num_batches_tracked == 0
+    assert all(p.requires_grad for p in layer.parameters())
+    layer.freeze(updates=True)
+    torch.testing.assert_close(layer(x, domain="clean"), x / (1 + 1e-5) ** 0.5)
+    torch.testing.assert_close(layer.layers["clean"].running_mean, x.mean(0))
+    assert not any(p.requires_grad for p in layer.parameters())
+
+
 @pytest.mark.as_installed
 def test_bad_input():
     layer = norm()

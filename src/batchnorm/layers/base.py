@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,8 +14,9 @@ from batchnorm.functional import is_traced, track
 from batchnorm.kernels import IDENTITY, Activation
 from batchnorm.moments import Moments
 from batchnorm.statistics import Batch, Running, RunningStatistics, Statistics
+from batchnorm.statistics.running import Untracked
 
-__all__ = ["BatchNorm", "checked_statistics"]
+__all__ = ["BatchNorm", "checked_statistics", "learning", "let_learn"]
 
 _Layer = TypeVar("_Layer", bound="BatchNorm")
 
@@ -46,7 +47,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     - `act`: an activation to fuse: "relu", "leaky_relu", "elu", "silu", "gelu", "gelu_tanh",
       "hardswish", "sigmoid", "tanh", a `torch.nn` module of these, or None.
     - `statistics`: whose statistics to use in training: `Batch()`, `Ghost(size)`, `Renorm()`,
-      `Running()`.
+      `Running()`, `Untracked(policy)`.
 
     Raises `ValueError` for an unknown `act` and for a policy that reads running statistics
     where none are tracked.
@@ -115,27 +116,38 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             self._track(running, moments, input)
         return y
 
-    def freeze(self: _Layer) -> _Layer:
+    def freeze(
+        self: _Layer,
+        *,
+        statistics: Literal["running", "batch"] = "running",
+        updates: bool = False,
+        learns: bool = False,
+    ) -> _Layer:
         """Use the running statistics from now on, in training too, and stop learning γ and β.
 
-        Unlike `eval()`, it survives `model.train()`. Returns the layer; see `unfreeze`.
+        Unlike `eval()`, it survives `model.train()`, copying and pickling. Called again, it sets
+        the three switches anew. Returns the layer; see `unfreeze`.
 
-        Raises `ValueError` where no running statistics are tracked.
+        - `statistics`: whose are used in training, the "running" ones or the "batch"'s, as the
+          layer's policy takes them.
+        - `updates`: whether the running ones still move towards the batch's.
+        - `learns`: whether γ and β learn where they did; if not, they have no gradient.
+
+        Raises `ValueError` where no running statistics are tracked that are to be used, and for
+        other `statistics`.
         """
-        if self._thawed is None:
-            policy = checked_statistics(Running(), self.running_mean is not None)
-            grads = {name: p.requires_grad for name, p in self.named_parameters(recurse=False)}
-            self._thawed = (self.statistics, grads)
-            self.statistics = policy
-            self.requires_grad_(False)
+        policy, grads = self._thawed or (self.statistics, learning(self))
+        switched = _switched(policy, statistics, updates)
+        self.statistics = checked_statistics(switched, self.running_mean is not None)
+        self._thawed = (policy, grads)
+        let_learn(self, grads, learns)
         return self
 
     def unfreeze(self: _Layer) -> _Layer:
         """Undo `freeze`: the former policy, and γ and β learn where they did before."""
         if self._thawed is not None:
             self.statistics, grads = self._thawed
-            for name, parameter in self.named_parameters(recurse=False):
-                parameter.requires_grad_(grads.get(name, True))
+            let_learn(self, grads, True)
             self._thawed = None
         return self
 
@@ -229,6 +241,38 @@ def checked_statistics(statistics: Statistics | None, tracked: bool) -> Statisti
     if statistics.needs_running and not tracked:
         statistics.required(None)
     return statistics
+
+
+def learning(module: nn.Module) -> dict[str, bool]:
+    """Which parameters of a module learn."""
+    return {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+
+
+def let_learn(module: nn.Module, before: dict[str, bool], learns: bool) -> None:
+    """Let the parameters learn that did before, or none.
+
+    Never stops one in the first case: of layers that share one, the last to be frozen found it
+    frozen already. In the second, gradients go too, which an optimizer would still step along.
+    """
+    for name, parameter in module.named_parameters():
+        if not learns:
+            parameter.requires_grad_(False).grad = None
+        elif before.get(name, True):
+            parameter.requires_grad_(True)
+
+
+def _switched(policy: Statistics, statistics: str, updates: bool) -> Statistics:
+    """A policy with other switches."""
+    if statistics == "running":
+        return Running(updates)
+    if statistics != "batch":
+        raise ValueError(
+            f'freeze(statistics=...) must be "running" or "batch", got {statistics!r}: whose '
+            "statistics to use in training"
+        )
+    policy = policy.policy if isinstance(policy, Untracked) else policy
+    batch = Batch() if isinstance(policy, Running) else policy
+    return batch if updates else Untracked(batch)
 
 
 def _is_narrow(buffer: Tensor | None) -> bool:

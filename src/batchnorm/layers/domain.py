@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -118,20 +119,25 @@ class DomainBatchNorm(nn.Module):
         output: Tensor = layer(input, residual=residual, mask=mask)
         return output
 
-    def freeze(self) -> DomainBatchNorm:
+    def freeze(
+        self,
+        *,
+        statistics: Literal["running", "batch"] = "running",
+        updates: bool = False,
+        learns: bool = False,
+    ) -> DomainBatchNorm:
         """Freeze every domain's layer; see `BatchNorm.freeze`."""
-        for layer in self._ordered():
-            layer.freeze()
+        for layer in self._domains():
+            layer.freeze(statistics=statistics, updates=updates, learns=learns)
         return self
 
     def unfreeze(self) -> DomainBatchNorm:
         """Undo `freeze`."""
-        # last frozen, first thawed: the first one noted what shared parameters had learned
-        for layer in reversed(self._ordered()):
+        for layer in self._domains():
             layer.unfreeze()
         return self
 
-    def _ordered(self) -> list[BatchNorm]:
+    def _domains(self) -> list[BatchNorm]:
         return [layer for layer in self.layers.values() if isinstance(layer, BatchNorm)]
 
     def extra_repr(self) -> str:
