@@ -1,0 +1,97 @@
+"""Weight decay where it belongs: γ, β and biases in a group of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+__all__ = ["parameter_groups"]
+
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # the first: batch and instance norms
+
+
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    biases: bool = True,
+    undecayed: str | Sequence[str] = (),
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """The parameters of a model in groups for an optimizer, γ and β without weight decay.
+
+    ```python
+    torch.optim.SGD(parameter_groups(model, 5e-4), lr=0.1, momentum=0.9)
+    torch.optim.AdamW(
+        parameter_groups(backbone, 0.05, lr=1e-4)
+        + parameter_groups(head, 0.05, undecayed="*.scale", lr=1e-3)
+    )
+    ```
+
+    Behind a normalization the length of a weight changes nothing but the size of its gradient, so
+    decay there sets the learning rate; on γ and β it shrinks the features themselves.
+
+    - `weight_decay`: of the first group.
+    - `biases`: whether biases have no decay either, as in the second source.
+    - `undecayed`: patterns of further names, such as `"*.pos_embed"`; of normalizations that
+      derive from none of `torch.nn`'s too.
+    - `options`: put into each group: `lr=…`, for layers that learn at a rate of their own.
+
+    Returns the parameters with decay, then those without: each that learns once, in the model's
+    order, and no group without parameters. A parameter that is shared has no decay where one of
+    its names has none.
+
+    Raises `ValueError` for a negative or infinite `weight_decay`, for patterns that match no name,
+    and for `params` among the options.
+
+    Source: Goyal et al. 2017, "Accurate, large minibatch SGD", section 5.1 (γ and β); He et al.
+    2019, "Bag of tricks for image classification", section 3.1, "No bias decay" (biases too).
+    """
+    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+        raise ValueError(f"weight_decay must be finite and at least 0, got {weight_decay}")
+    if "params" in options:
+        raise ValueError("the parameters are the model's: parameter_groups takes no params=")
+    patterns = [undecayed] if isinstance(undecayed, str) else list(undecayed)
+    apart = {*_of_norms(model), *_named(model, patterns)}
+    if biases:
+        names = model.named_parameters(remove_duplicate=False)
+        apart |= {id(parameter) for name, parameter in names if _is_bias(name)}
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in learning if id(parameter) not in apart]
+    rest = [parameter for parameter in learning if id(parameter) in apart]
+    groups = ((decayed, float(weight_decay)), (rest, 0.0))
+    return [{"params": some, "weight_decay": decay, **options} for some, decay in groups if some]
+
+
+def _of_norms(model: nn.Module) -> Iterator[int]:
+    """γ and β, also those that a parametrization computes γ and β from."""
+    for module in model.modules():
+        if isinstance(module, _NORMS):
+            yield from map(id, module.parameters())
+
+
+def _named(model: nn.Module, patterns: Sequence[str]) -> Iterator[int]:
+    """Parameters whose names match."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    for pattern in patterns:
+        matching = [id(parameter) for name, parameter in named if fnmatchcase(name, pattern)]
+        if not matching:
+            known = ", ".join(name for name, _ in named[:3])
+            raise ValueError(
+                f"undecayed={pattern!r} matches no parameter; patterns are for whole names, such "
+                f"as {known}"
+            )
+        yield from matching
+
+
+def _is_bias(name: str) -> bool:
+    """Whether a name says so: `bias`, `in_proj_bias`, `bias_ih_l0`, `parametrizations.bias.…`."""
+    path = name.split(".")
+    if "parametrizations" in path:
+        path = path[: path.index("parametrizations") + 2]
+    return "bias" in path[-1].split("_")
