@@ -1,0 +1,73 @@
+"""Which layers to recalibrate, and which were frozen on purpose."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from batchnorm.layers import BatchNorm
+from batchnorm.models.norms import TorchBatchNorm, Where, batch_norms, is_meant
+from batchnorm.statistics import Running
+
+__all__ = ["recalibrated_and_frozen"]
+
+
+def recalibrated_and_frozen(
+    model: nn.Module, where: Where
+) -> tuple[dict[str, TorchBatchNorm], tuple[str, ...]]:
+    """The layers to recalibrate, by path; and the paths of those that were frozen on purpose.
+
+    Raises `ValueError` where there is nothing to recalibrate, or a tensor has no values.
+    """
+    _check_has_values(model)
+    kept = {
+        path: layer
+        for path, layer in batch_norms(model).items()
+        if layer.running_mean is not None and layer.running_var is not None
+    }
+    meant = {path: layer for path, layer in kept.items() if is_meant(path, layer, where)}
+    trains = _trains(model)
+    frozen = tuple(path for path, layer in meant.items() if _is_frozen(layer, trains))
+    layers = {path: layer for path, layer in meant.items() if path not in frozen}
+    if layers:
+        return layers, frozen
+    if frozen:
+        raise ValueError(
+            f"every batch norm layer meant is frozen ({', '.join(frozen[:3])}, …): in eval mode "
+            "while the model trains, with track_running_stats=False, or with statistics="
+            "Running(). Unfreeze those to be recalibrated; or call model.eval() first, where it "
+            "is a model for inference"
+        )
+    if kept:
+        raise ValueError(f"where={where!r} means none of the batch norm layers {list(kept)}")
+    raise ValueError(
+        f"{type(model).__name__} has no batch norm layer with running statistics: there is "
+        "nothing to recalibrate; construct its layers with track_running_stats=True"
+    )
+
+
+def _trains(model: nn.Module) -> bool:
+    """Whether the model is in training; dropout alone is how people sample at inference."""
+    dropout = nn.modules.dropout._DropoutNd
+    return any(m.training for m in model.modules() if not isinstance(m, dropout))
+
+
+def _is_frozen(layer: TorchBatchNorm, trains: bool) -> bool:
+    """Whether training leaves the layer's statistics alone; γ and β are another matter."""
+    return (
+        not layer.track_running_stats
+        or (isinstance(layer, BatchNorm) and isinstance(layer.statistics, Running))
+        or (trains and not layer.training)
+    )
+
+
+def _check_has_values(model: nn.Module) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise ValueError(
+                f"{name} has no shape yet, its module is lazy; call the model with one batch first"
+            )
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device and has no values; load the weights first"
+            )
