@@ -44,7 +44,7 @@ class Call:
             layer.training
             and layer.track_running_stats
             and layer._buffers["running_mean"] is not None
-            and not isinstance(layer.__dict__.get("statistics"), Running)
+            and getattr(layer.__dict__.get("statistics"), "updates", True)
         )
 
     @property
