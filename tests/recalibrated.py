@@ -115,6 +115,19 @@ def values(model, but=()):
 STATISTICS = ("running_mean", "running_var")
 
 
+def interrupted(function, after):
+    """Some calls of a function, then Ctrl-C."""
+    left = [after]
+
+    def call(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    return call
+
+
 def broken(batches, error):
     yield from batches
     raise error

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 from batchnorm import BatchNorm1d, BatchNorm2d, Ghost, LazyBatchNorm2d, Renorm
-from batchnorm.repair import recalibration_passes
+from batchnorm.repair import recalibration, recalibration_passes
 from batchnorm.repair.recalibration import recalibrate
 from recalibrated import (
     STATISTICS,
@@ -20,6 +20,7 @@ from recalibrated import (
     entering,
     far_off,
     images,
+    interrupted,
     plain,
     pooled,
     residual,
@@ -255,6 +256,15 @@ def test_on_failure_the_model_is_what_it_was(place, error, upstream):
     with pytest.raises(type(error)):
         recalibrate(model, batches, upstream=upstream)
     assert state(model) == before
+    assert values(model) == numbers
+
+
+def test_an_interrupt_between_two_layers_leaves_neither_changed(monkeypatch):
+    model = plain()
+    numbers = values(model)
+    monkeypatch.setattr(recalibration, "_put", interrupted(recalibration._put, 1))
+    with pytest.raises(KeyboardInterrupt):
+        recalibrate(model, images(4, 3))
     assert values(model) == numbers
 
 

@@ -8,9 +8,20 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm import BatchNorm2d
+from batchnorm.repair import recalibration
 from batchnorm.repair.recalibration import recalibrate
 from processes import run_ranks
-from recalibrated import UPSTREAMS, Breaks, broken, images, plain, pooled, state, values
+from recalibrated import (
+    UPSTREAMS,
+    Breaks,
+    broken,
+    images,
+    interrupted,
+    plain,
+    pooled,
+    state,
+    values,
+)
 
 
 def _share(batches, rank):
@@ -66,6 +77,17 @@ def _ranks_fail_together(rank, batches):
             assert values(model) == numbers
 
 
+def _ranks_take_back_what_they_wrote(rank, batches):
+    model, put = plain(), recalibration._put
+    numbers = values(model)
+    if rank == 1:
+        recalibration._put = interrupted(put, 2)
+    with pytest.raises(KeyboardInterrupt if rank == 1 else RuntimeError):
+        recalibrate(model, batches)
+    recalibration._put = put
+    assert values(model) == numbers
+
+
 def _ranks_of_a_group(rank, batches):
     group = dist.new_group([0, 2])
     layer = nn.BatchNorm2d(3)
@@ -80,6 +102,7 @@ def _ranks_of_a_group(rank, batches):
 def _ranks(rank, world, batches, wanted):
     _ranks_pool(rank, batches, wanted)
     _ranks_fail_together(rank, batches)
+    _ranks_take_back_what_they_wrote(rank, batches)
     _ranks_of_a_group(rank, batches)
 
 

@@ -76,8 +76,9 @@ def recalibrate(
       a batch's first tensor; the last batch is cut.
     - `group`: the ranks whose data is pooled, by default all where torch.distributed is
       initialized. All of them call this, with any number of batches, none included, and end with
-      the same bits. What DistributedDataParallel wraps is called without it; a model that itself
-      communicates in its forward pass, as FSDP does, needs as many batches on every rank.
+      the same bits. What DistributedDataParallel or DataParallel wraps is called without it; a
+      model that itself communicates in its forward pass, as FSDP does, needs as many batches on
+      every rank.
     - `upstream`: what the layers before one normalize with. "batch": with the mean and variance
       of each batch (of this rank, whatever the layer's policy), in a single pass. "running": with
       their new running statistics, as at inference; this takes a pass for each layer, up to that
@@ -93,8 +94,7 @@ def recalibrate(
     meta tensors. `TypeError` for what is no module, or one batch in place of several. On the
     other ranks, `RuntimeError` where one fails.
 
-    Source: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3 (precise BatchNorm;
-    there variances are averaged over batches, here they are pooled).
+    Source: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3 (precise BatchNorm).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"recalibrate takes a torch.nn.Module, got {type(model).__name__}")
@@ -189,10 +189,11 @@ def _called(model: nn.Module) -> nn.Module:
     """What is called with the batches.
 
     DistributedDataParallel's own forward pass sends buffers to all ranks, which would wait for
-    each other where one has fewer batches.
+    each other where one has fewer batches; DataParallel's calls copies, on other devices.
     """
     inner = original(model)
-    return inner.module if isinstance(inner, DistributedDataParallel) else inner
+    wrappers = (DistributedDataParallel, nn.DataParallel)
+    return inner.module if isinstance(inner, wrappers) else inner
 
 
 @contextmanager
