@@ -1,0 +1,83 @@
+"""What a conversion did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from batchnorm.repair.table import table
+
+__all__ = ["Conversion"]
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """What `convert` did to a model, by the paths of its layers; the model itself is "".
+
+    - `to`: what it converted to.
+    - `converted`: what each layer was, and what it is.
+    - `skipped`: why a layer was left as it was.
+    - `fused`: the activation that a layer took over.
+    - `unfused`: why a layer took over none, where that was asked for.
+    - `lost`: what of a layer has no place in what it is now.
+    - `parameters`: how many numbers the model learns, before and after.
+    - `difference`: of the outputs on the example in eval mode, the largest, relative to the largest
+      output; None without an example.
+    - `needs_fine_tuning`: whether a trained layer became one that computes something else.
+    """
+
+    to: str
+    converted: Mapping[str, tuple[str, str]]
+    skipped: Mapping[str, str]
+    fused: Mapping[str, str]
+    unfused: Mapping[str, str]
+    lost: Mapping[str, str]
+    parameters: tuple[int, int]
+    difference: float | None
+    needs_fine_tuning: bool
+    _undo: ExitStack = field(repr=False)
+
+    def undo(self) -> None:
+        """Make the layers what they were, with what their tensors have learned since.
+
+        What this conversion took away comes back as it was, into the optimizer too. Later
+        conversions have to be undone first.
+        """
+        self._undo.close()
+
+    def __repr__(self) -> str:
+        counts = [f"{len(self.converted)} layers"]
+        counts += [f"{len(self.fused)} fused"] if self.fused else []
+        counts += [f"{len(self.skipped)} skipped"] if self.skipped else []
+        text = f"Conversion to {self.to}: {', '.join(counts)}"
+        before, after = self.parameters
+        if before != after:
+            text += f"; {before:,} → {after:,} parameters"
+        if self.difference is not None:
+            text += f"; outputs differ by {self.difference:.2g}"
+        if self.needs_fine_tuning:
+            text += "\ntrained layers compute something else now: the model needs fine-tuning"
+        rows = [
+            (_shown(path), was, now, self._note(path))
+            for path, (was, now) in self.converted.items()
+        ]
+        text = table(text, ("layer", "was", "is", ""), rows)
+        if self.skipped:
+            skipped = [(_shown(path), why) for path, why in self.skipped.items()]
+            text += "\n" + table("left as they were", ("layer", "why"), skipped)
+        return text
+
+    def _note(self, path: str) -> str:
+        notes = []
+        if path in self.lost:
+            notes.append(f"lost: {self.lost[path]}")
+        if path in self.fused:
+            notes.append(f"fused: {self.fused[path]}")
+        if path in self.unfused:
+            notes.append(f"not fused: {self.unfused[path]}")
+        return "; ".join(notes)
+
+
+def _shown(path: str) -> str:
+    return path or "the model"

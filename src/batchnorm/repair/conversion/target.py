@@ -1,0 +1,291 @@
+"""What a layer becomes, for each thing that `convert` can make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from batchnorm.kernels import IDENTITY
+from batchnorm.layers.base import checked_statistics
+from batchnorm.repair.conversion.channel_first import ChannelLayerNorm, ChannelRMSNorm
+from batchnorm.repair.conversion.form import COMMON, Form, fresh
+from batchnorm.repair.conversion.source import (
+    ADOPTED,
+    FUSED,
+    LAZY_OURS,
+    LAZY_TORCH,
+    MEMORY,
+    OURS,
+    TORCH,
+    Refused,
+    Source,
+    new,
+)
+from batchnorm.statistics import Batch, Running, Statistics
+
+__all__ = ["LOSSLESS", "TARGETS", "Options", "Plan"]
+
+
+class Options(NamedTuple):
+    """What a conversion was told beyond its target."""
+
+    statistics: Statistics | None = None
+    groups: int = 32
+    process_group: Any = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The form that a layer takes.
+
+    - `lost`: what has no place in it.
+    - `frozen`: whether it is frozen then, as the layer was.
+    """
+
+    form: Form
+    lost: tuple[str, ...] = ()
+    frozen: bool = False
+
+
+Target = Callable[[Source, Options], Plan]
+
+_WIDE = ("running_mean", "running_var")
+
+
+def _ours(source: Source, options: Options) -> Plan:
+    """This library's layer, with the policy that is asked for, or that it has or had."""
+    statistics = options.statistics
+    kind = source.form.kind
+    if not source.is_ours:
+        kind = _kind_of(source, LAZY_OURS if source.is_lazy else OURS)
+    form = _batch_norm(source, kind)
+    settings = {**form.settings, "act": source.act}
+    if source.act != IDENTITY and FUSED in source.form.settings:
+        settings[FUSED] = source.form.settings[FUSED]
+    if source.base is None:
+        if statistics not in (None, Running()):
+            raise Refused(
+                'it is frozen; convert(model, to="batchnorm") and unfreeze() it first, then '
+                f"convert(model, to={statistics})"
+            )
+        settings["num_features"] = source.channels
+    elif statistics is not None:
+        if settings["_thawed"] is not None:
+            raise Refused(f"it is frozen; unfreeze() it before {statistics}")
+        tracked = form.buffers.get("running_mean") is not None
+        try:
+            settings["statistics"] = checked_statistics(statistics, tracked)
+        except ValueError as error:
+            raise Refused(str(error)) from None
+    wide = {name: _wide(form.buffers[name]) for name in _WIDE if name in form.buffers}
+    form = replace(form, settings=settings, buffers={**form.buffers, **wide})
+    return Plan(_remembering(source, form), frozen=source.base is None)
+
+
+def _torch(source: Source, _: Options) -> Plan:
+    """torch.nn's layer for as many dimensions."""
+    if source.base in {*TORCH.values(), *LAZY_TORCH.values()} and source.act == IDENTITY:
+        return Plan(source.form)
+    kind = _kind_of(source, LAZY_TORCH if source.is_lazy else TORCH)
+    return _torch_norm(source, kind)
+
+
+def _sync(source: Source, options: Options) -> Plan:
+    """torch.nn.SyncBatchNorm."""
+    source.check_not_lazy()
+    plan = _torch_norm(source, nn.SyncBatchNorm)
+    if options.process_group is not None:
+        settings = {**plan.form.settings, "process_group": options.process_group}
+        plan = replace(plan, form=replace(plan.form, settings=settings))
+    return plan
+
+
+def _torch_norm(source: Source, kind: type[nn.Module]) -> Plan:
+    name = f"torch.nn.{kind.__name__}"
+    if source.act != IDENTITY:
+        raise Refused(f"its activation {source.act} has no place in {name}")
+    if source.is_frozen:
+        raise Refused(f"it is frozen, which {name} is by eval() alone; unfreeze() it first")
+    form = _batch_norm(source, kind)
+    lost = []
+    statistics = source.form.settings.get("statistics", Batch())
+    if statistics != Batch():
+        lost.append(f"statistics={statistics}")
+    dtype = _narrow_dtype(source)
+    narrow = {name: b for name in _WIDE if (b := form.buffers.get(name)) is not None}
+    if dtype is not None and any(b.dtype != dtype for b in narrow.values()):
+        narrow = {name: b.to(dtype) for name, b in narrow.items()}
+        if source.origin is None or source.origin.dtypes.get("running_mean") != dtype:
+            lost.append(f"running statistics are rounded to {dtype}, which {name} needs here")
+    form = replace(form, buffers={**form.buffers, **narrow})
+    return Plan(_remembering(source, form), tuple(lost))
+
+
+def _original(source: Source, _: Options) -> Plan:
+    """What the layer was before it was converted first."""
+    if source.origin is None:
+        return Plan(source.form)
+    if source.act != source.first_act:
+        raise Refused(
+            f"its activation {source.act} was fused from a module outside of what is converted; "
+            "convert the whole model"
+        )
+    return Plan(source.origin.with_what(source.form))
+
+
+def _group_norm(source: Source, options: Options) -> Plan:
+    """torch.nn.GroupNorm, with at least two channels in a group."""
+    channels = source.channels
+    if channels == 1 and (source.positions or 1) == 1:
+        raise Refused(
+            "its one channel would be normalized by itself, where a sample has one position, to 0; "
+            "pass example=... that has more"
+        )
+    most = max(min(options.groups, channels // 2), 1)
+    groups = next(n for n in range(most, 0, -1) if channels % n == 0)
+    return _lossy(source, fresh(nn.GroupNorm, groups, channels, affine=source.is_affine))
+
+
+def _instance_norm(source: Source, _: Options) -> Plan:
+    """torch.nn.InstanceNorm for as many dimensions; of more than one position."""
+    if source.positions == 1 or (source.dims == 1 and source.positions is None):
+        told = "its samples have one position, which would be normalized by itself, to 0"
+        raise Refused(told if source.shapes else f"{told}, for all that is known; pass example=...")
+    kinds = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+    kind = _kind_of(source, kinds)
+    return _lossy(source, fresh(kind, source.channels, affine=source.is_affine))
+
+
+def _layer_norm(source: Source, _: Options) -> Plan:
+    """torch.nn.LayerNorm over the channels of each position."""
+    bias = source.form.tensors.get("bias") is not None
+    channels, affine = _several(source), source.is_affine
+    like = fresh(ChannelLayerNorm, channels, elementwise_affine=affine, bias=bias)
+    return _lossy(source, like)
+
+
+def _rms_norm(source: Source, _: Options) -> Plan:
+    """torch.nn.RMSNorm over the channels of each position."""
+    like = fresh(ChannelRMSNorm, _several(source), elementwise_affine=source.is_affine)
+    return _lossy(source, like)
+
+
+def _identity(source: Source, _: Options) -> Plan:
+    """torch.nn.Identity."""
+    source.check_not_lazy()
+    return _lossy(source, fresh(nn.Identity))
+
+
+TARGETS: dict[str, Target] = {
+    "batchnorm": _ours,
+    "torch": _torch,
+    "sync": _sync,
+    "original": _original,
+    "group_norm": _group_norm,
+    "instance_norm": _instance_norm,
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "identity": _identity,
+}
+LOSSLESS = ("batchnorm", "torch", "sync", "original")
+"""The targets that are batch norms, from which there is a way back."""
+
+
+def _batch_norm(source: Source, kind: type[nn.Module]) -> Form:
+    """A batch norm of another class, with the same tensors and settings.
+
+    A setting that the layer has not is what it was before the layer was converted first.
+    """
+    like = new(kind)
+    remembered = {} if source.origin is None else source.origin.settings
+    known = {**like.settings, **remembered, **source.form.settings}
+    held = source.form.tensors
+    device = next((t.device for t in held.values() if t is not None), None)
+    if source.base is None:  # a frozen one counts no batches, and its buffers would not learn
+        held = {name: t for name, t in held.items() if t is not None}
+        held.setdefault("num_batches_tracked", torch.zeros((), dtype=torch.int64, device=device))
+        affine = {n: nn.Parameter(t) for n in ("weight", "bias") if (t := held[n]) is not None}
+        held = {**held, **affine}
+    return Form(
+        kind,
+        {name: known[name] for name in like.settings},
+        {n: t for n in like.parameters if n in held and _is_parameter(t := held[n])},
+        {name: held[name] for name in like.buffers if name in held},
+    )
+
+
+def _lossy(source: Source, like: Form) -> Plan:
+    """A norm of another kind, with the same γ, β and ε as far as it has them."""
+    name = f"torch.nn.{like.kind.__name__.removeprefix('Channel')}"
+    if source.act != IDENTITY:
+        raise Refused(f"its activation {source.act} has no place in {name}")
+    if source.base is None:
+        raise Refused(
+            'its numbers do not learn; convert(model, to="batchnorm") and unfreeze() it first'
+        )
+    held = source.form.tensors
+    settings = dict(like.settings)
+    if "eps" in settings:
+        settings["eps"] = source.form.settings["eps"]
+    parameters = {n: t for n in like.parameters if _is_parameter(t := held.get(n))}
+    greek = {"weight": "γ", "bias": "β"}
+    lost = [greek[n] for n in greek if held.get(n) is not None and n not in parameters]
+    if held.get("running_mean") is not None:
+        lost.append("running statistics")
+    return Plan(replace(like, settings=settings, parameters=parameters), tuple(lost))
+
+
+def _remembering(source: Source, form: Form) -> Form:
+    """The form with what the layer was first; or without, where it is that again."""
+    origin = source.origin or source.form.remembered()
+    own = [name for name in origin.settings if name not in (*COMMON, MEMORY, ADOPTED)]
+    again = all(form.settings.get(name) == origin.settings[name] for name in own)
+    if form.kind is origin.kind and again:
+        return form
+    return replace(form, settings={**form.settings, MEMORY: origin})
+
+
+def _kind_of(source: Source, kinds: Mapping[int, type[nn.Module]]) -> type[nn.Module]:
+    """The kind for as many dimensions as the layer's input has."""
+    if source.dims is not None:
+        return kinds[source.dims]
+    name = source.form.kind.__name__
+    if source.shapes is None:
+        raise ValueError(
+            f"{name} does not tell how many dimensions its input has; pass example=..., an input "
+            "of the model"
+        )
+    raise Refused(
+        f"{name} does not tell how many dimensions its input has, and the example "
+        + ("has inputs of several" if source.shapes else "does not call it")
+    )
+
+
+def _several(source: Source) -> int:
+    if source.channels < 2:
+        raise Refused("its one channel would be normalized by itself")
+    return source.channels
+
+
+def _is_parameter(tensor: Tensor | None) -> TypeGuard[nn.Parameter | None]:
+    return tensor is None or isinstance(tensor, nn.Parameter)
+
+
+def _wide(buffer: Tensor | None) -> Tensor | None:
+    """As this library keeps running statistics, in float32 at least."""
+    if buffer is None or is_lazy(buffer) or buffer.dtype.itemsize >= 4:
+        return buffer
+    return buffer.float()
+
+
+def _narrow_dtype(source: Source) -> torch.dtype | None:
+    """The dtype that torch.nn needs running statistics in, where it is a narrow one."""
+    weight = source.form.tensors.get("weight")
+    if weight is not None:
+        return weight.dtype if weight.dtype.itemsize < 4 else None
+    return None if source.origin is None else source.origin.dtypes.get("running_mean")
