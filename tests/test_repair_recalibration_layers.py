@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from batchnorm import BatchNorm2d, DomainBatchNorm, Running, domain
 from batchnorm.repair.recalibration import recalibrate
@@ -33,13 +34,19 @@ def test_frozen_layers_are_left_alone(freeze, upstream):
         np.testing.assert_allclose(model.norm3.running_mean, pooled(inputs)[0], atol=1e-6)
 
 
-def test_a_model_for_inference_is_recalibrated_whole():
-    for prepare in (lambda model: None, lambda model: model.drop.train()):  # Monte Carlo dropout
-        model = plain().eval()
-        prepare(model)
-        result = recalibrate(model, images(4))
-        assert len(result.layers) == 3
-        assert result.frozen == ()
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda model: model,
+        lambda model: model.drop.train() and model,  # Monte Carlo dropout
+        AveragedModel,  # in training mode itself, as all wrappers at first
+        nn.DataParallel,
+    ],
+)
+def test_a_model_for_inference_is_recalibrated_whole(prepare):
+    result = recalibrate(prepare(plain().eval()), images(4))
+    assert len(result.layers) == 3
+    assert result.frozen == ()
 
 
 def test_frozen_weights_are_no_frozen_statistics():

@@ -63,8 +63,8 @@ def recalibrate(
     are the statistics. A layer that is called several times in a pass pools its calls; one that
     is called with `mask=` counts what the mask leaves. Compiled parts run as they were written.
 
-    Layers that were frozen on purpose are left alone: in eval mode while the model trains (other
-    modules than dropout are in training mode), with `track_running_stats=False`, or with
+    Layers that were frozen on purpose are left alone: in eval mode while the model trains (some
+    module with parameters is in training mode), with `track_running_stats=False`, or with
     `statistics=Running()`. Whether γ and β learn does not matter. In a model for inference, all
     in eval mode, every layer with running statistics is recalibrated.
 

@@ -47,9 +47,15 @@ def recalibrated_and_frozen(
 
 
 def _trains(model: nn.Module) -> bool:
-    """Whether the model is in training; dropout alone is how people sample at inference."""
-    dropout = nn.modules.dropout._DropoutNd
-    return any(m.training for m in model.modules() if not isinstance(m, dropout))
+    """Whether anything is in training that learns or tracks.
+
+    Dropout alone is how people sample at inference, and a wrapper is born in training mode.
+    """
+    return any(
+        module.training
+        and (isinstance(module, TorchBatchNorm) or any(True for _ in module.parameters(False)))
+        for module in model.modules()
+    )
 
 
 def _is_frozen(layer: TorchBatchNorm, trains: bool) -> bool:
