@@ -18,7 +18,9 @@ from batchnorm import (
     Renorm,
     Running,
 )
+from batchnorm.audit.call import Call
 from batchnorm.models.norms import TorchBatchNorm, batch_norms
+from batchnorm.models.snapshot import left_as_it_was
 from batchnorm.repair.freezing import Switches, freeze, unfreeze
 from batchnorm.repair.frozen_statistics import frozen_statistics
 
@@ -184,6 +186,16 @@ def test_the_three_switches_are_independent(kind, statistics, updates, learns):
         assert unfreeze(each) == ("",)
         assert type(each) is kind
         assert_combination(each, kind, "batch", updates=True, learns=True)
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, BatchNorm1d])
+@pytest.mark.parametrize(("statistics", "updates"), [c[:2] for c in COMBINATIONS[::2]])
+def test_the_auditor_knows_which_layers_move(kind, statistics, updates):
+    layer = kind(3)
+    freeze(layer, statistics=statistics, updates=updates)
+    seen = Call(layer.train(), 0, "", torch.randn(4, 3), True, layer)
+    assert seen.tracks == updates
+    assert Call(layer.eval(), 0, "", torch.randn(4, 3), True, layer).tracks is False
 
 
 @pytest.mark.parametrize("policy", [Ghost(2), Renorm(2.0, 1.0), Running()], ids=repr)
@@ -426,6 +438,23 @@ def interrupting(parameter):
             return super().requires_grad_(learns)
 
     parameter.__class__ = Interrupting
+
+
+@pytest.mark.parametrize("statistics", ["running", "batch"])
+def test_others_who_put_a_model_back_do_not_change_what_it_thaws_to(statistics):
+    model = network()
+    freeze(model, statistics=statistics)
+    before = everything(model)
+    with left_as_it_was(model):
+        model.eval()
+    for layer in batch_norms(model).values():  # as read, as people do
+        training, flag = layer.training, layer.track_running_stats
+        layer.training = layer.track_running_stats = True
+        layer.training, layer.track_running_stats = training, flag
+    assert_same_state(everything(model), before)
+    unfreeze(model)
+    assert all(layer.training for layer in batch_norms(model).values())
+    assert all(layer.track_running_stats for layer in batch_norms(model).values())
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNorm2d, nn.SyncBatchNorm])

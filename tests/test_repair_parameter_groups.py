@@ -102,6 +102,14 @@ def test_a_shared_parameter_has_no_decay_under_any_of_its_names():
     model["norm"] = BatchNorm1d(3)
     model["norm"].weight = model["scale"][0]
     assert names(model, parameter_groups(model, 0.1)) == [["scale.0", "norm.bias"]]
+    model = nn.ModuleDict({"offset": nn.ParameterList([nn.Parameter(torch.ones(3))])})
+    model["linear"] = nn.Linear(3, 3)
+    model["linear"].bias = model["offset"][0]
+    assert names(model, parameter_groups(model, 0.1)) == [["linear.weight"], ["offset.0"]]
+    assert names(model, parameter_groups(model, 0.1, biases=False, undecayed="*.bias")) == [
+        ["linear.weight"],
+        ["offset.0"],
+    ]
 
 
 class Scale(nn.Module):
