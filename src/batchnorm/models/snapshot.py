@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ class Snapshot:
         modules = [m for m in model.modules() if not isinstance(m, (LazyModuleMixin, _SCRIPTED))]
         self._classes = [(m, type(m)) for m in modules]
         self._attributes = [(vars(m), dict(vars(m))) for m in modules]
-        self._held = [_held(value) for _, saved in self._attributes for value in saved.values()]
+        values = [value for _, saved in self._attributes for value in saved.values()]
+        self._held = [(v, copy(v)) for v in values if type(v) in _CONTAINERS]
         self._modes = {module: module.training for module in model.modules()}
         tensors = [*model.buffers(), *(model.parameters() if parameters else ())]
         self._values = [(t, t.detach().clone()) for t in tensors if not is_lazy(t)]
@@ -41,8 +43,8 @@ class Snapshot:
         for now, saved in self._attributes:
             now.clear()
             now.update(saved)
-        for put_back in self._held:
-            put_back()
+        for container, held in self._held:
+            _put_back(container, held)
         for module, training in self._modes.items():
             module.training = training
         with torch.no_grad():
@@ -86,6 +88,7 @@ def repeatable(model: nn.Module) -> Callable[[], None]:
 
 
 _SCRIPTED = torch.jit.ScriptModule
+_CONTAINERS = (dict, OrderedDict, list, set)
 
 
 def _devices(model: nn.Module) -> list[int]:
@@ -93,31 +96,7 @@ def _devices(model: nn.Module) -> list[int]:
     return sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
 
 
-def _held(value: Any) -> Callable[[], None]:
-    """What puts back what a container holds now, in the container that it is."""
-    if type(value) in (dict, OrderedDict):
-        entries = list(value.items())
-
-        def put_back() -> None:
-            value.clear()
-            value.update(entries)
-
-    elif type(value) is list:
-        items = list(value)
-
-        def put_back() -> None:
-            value[:] = items
-
-    elif type(value) is set:
-        members = set(value)
-
-        def put_back() -> None:
-            value.clear()
-            value.update(members)
-
-    else:
-
-        def put_back() -> None:
-            pass
-
-    return put_back
+def _put_back(container: Any, held: Any) -> None:
+    """Give a list, dictionary or set what it held."""
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(held)
