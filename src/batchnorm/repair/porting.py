@@ -47,9 +47,9 @@ def port(
 
     ε and momentum are no weights, and a state does not hold them: where they are not passed they
     are taken for the framework's defaults, 0.001 and 0.99 in Keras, 1e-5 and 0.99 in Flax; from
-    PyTorch to a model they stay the model's. The running variance of Keras and Flax follows the biased variances of the batches, PyTorch's the unbiased
-    ones; it is kept as it is, so that the network answers as it did, unless `values_per_channel`
-    is given.
+    PyTorch to a model they stay the model's. The running variance of Keras and Flax follows the
+    biased variances of the batches, PyTorch's the unbiased ones; it is kept as it is, so that the
+    network answers as it did, unless `values_per_channel` is given.
 
     Kernels become weights: (*positions, in, out) turns into (out, in, *positions). `model` tells
     which are depthwise or transposed; without one the layer's name does, where it says so. A Flax
