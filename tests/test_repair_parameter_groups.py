@@ -146,7 +146,67 @@ def test_options_go_into_each_group_and_empty_groups_out():
     assert only["weight_decay"] == 0.1
 
 
+def test_an_optimizer_s_groups_are_split_where_they_decay():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    other = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [*model[:2].parameters(), other], "weight_decay": 0.25, "lr": 0.5},
+            {"params": model[3].parameters()},
+        ],
+        lr=0.1,
+        momentum=0.5,
+    )
+    model(torch.randn(4, 3, 1, 1)).square().mean().backward()
+    optimizer.step()
+    momenta = {id(p): optimizer.state[p]["momentum_buffer"] for p in model.parameters()}
+    groups = parameter_groups(model, optimizer=optimizer)
+    assert groups is optimizer.param_groups
+    assert [(g["weight_decay"], g["lr"], g["momentum"]) for g in groups] == [
+        (0.25, 0.5, 0.5),
+        (0, 0.5, 0.5),
+        (0, 0.1, 0.5),
+    ]
+    weight, *affine = model[:2].parameters()
+    want = [[weight, other], affine, list(model[3].parameters())]
+    for group, parameters in zip(groups, want, strict=True):
+        assert [id(p) for p in group["params"]] == [id(p) for p in parameters]
+    before = {p: p.detach().clone() for p in model.parameters()}
+    for parameter in before:
+        parameter.grad = torch.zeros_like(parameter)
+        momenta[id(parameter)].zero_()  # the same, which the optimizer still has
+    optimizer.step()
+    for parameter, value in before.items():
+        assert torch.equal(parameter, value * (1 - 0.5 * 0.25) if parameter is weight else value)
+
+
+def test_an_optimizer_s_names_are_split_too():
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.AdamW(model.named_parameters(), weight_decay=0.1)
+    parameter_groups(model, optimizer=optimizer, biases=False)
+    assert [g["param_names"] for g in optimizer.param_groups] == [
+        ["0.weight", "0.bias"],
+        ["1.weight", "1.bias"],
+    ]
+    only = torch.optim.AdamW(model[1].parameters(), weight_decay=0.1)
+    assert [g["weight_decay"] for g in parameter_groups(model, optimizer=only)] == [0]
+    assert [g["weight_decay"] for g in parameter_groups(model, optimizer=only)] == [0]
+
+
+def test_an_optimizer_that_cannot_be_split():
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    with pytest.raises(ValueError, match="settings of their own, got weight_decay, lr beside it"):
+        parameter_groups(model, 0.1, optimizer=optimizer, lr=0.2)
+    torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    with pytest.raises(ValueError, match="scheduler, which notes its groups"):
+        parameter_groups(model, optimizer=optimizer)
+    assert len(optimizer.param_groups) == 1
+
+
 def test_bad_input():
+    with pytest.raises(ValueError, match="weight_decay must be finite and at least 0, got None"):
+        parameter_groups(nn.Linear(2, 2))
     for decay in (-0.1, torch.inf, torch.nan):
         with pytest.raises(ValueError, match="weight_decay must be finite and at least 0, got"):
             parameter_groups(nn.Linear(2, 2), decay)
