@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from batchnorm import BatchNorm1d, BatchNorm2d, Running
 from batchnorm.audit import RULES, Finding, LayerState, Severity, State, check, state_of
+from batchnorm.repair.freezing import freeze
+from batchnorm.statistics import Batch, Untracked
 
 NAN, INF = float("nan"), float("inf")
 
@@ -30,6 +32,12 @@ def trained(layer: nn.Module, features: int = 3, batches: int = 30) -> nn.Module
         x = torch.randn(16, features) * 2 + 3
         (layer(x) - wanted).square().mean().backward()
         optimizer.step()
+    return layer
+
+
+def without_updates() -> nn.Module:
+    layer = nn.BatchNorm1d(3)
+    freeze(layer, statistics="batch")
     return layer
 
 
@@ -84,6 +92,7 @@ FOUND = [
     ("BN102", I, lambda: frozen(nn.BatchNorm2d(3))),
     ("BN102", I, lambda: nn.Sequential(frozen(nn.Sequential(BatchNorm1d(3))), nn.BatchNorm1d(3))),
     ("BN102", I, lambda: frozen(nn.BatchNorm1d(3, momentum=None))),
+    ("BN102", I, lambda: frozen(BatchNorm2d(3, statistics=Running(updates=True)))),
     ("BN106", E, lambda: c(running_mean=ONES, weight=ONES)),
     ("BN106", E, lambda: c(running_var=ONES, weight=ONES)),
     ("BN106", E, lambda: c(batches=7, weight=ONES)),
@@ -129,6 +138,7 @@ SILENT = [
     ("BN102", lambda: frozen(nn.BatchNorm2d(3)).eval()),
     ("BN102", lambda: BatchNorm2d(3).freeze()),
     ("BN102", lambda: frozen(BatchNorm2d(3, statistics=Running()))),
+    ("BN102", lambda: frozen(BatchNorm2d(3, statistics=Untracked(Batch())))),
     ("BN102", lambda: nn.BatchNorm2d(3, affine=False)),
     ("BN102", lambda: frozen(nn.BatchNorm2d(3, track_running_stats=False))),
     ("BN106", lambda: nn.BatchNorm1d(3)),
@@ -148,6 +158,7 @@ SILENT = [
     ("BN116", lambda: nn.BatchNorm1d(3)),
     ("BN116", lambda: nn.BatchNorm1d(3, track_running_stats=False)),
     ("BN116", lambda: BatchNorm2d(3).freeze()),
+    ("BN116", without_updates),
     ("BN117", lambda: nn.BatchNorm1d(3, momentum=None)),
     ("BN117", lambda: trained(nn.BatchNorm1d(3, momentum=0.001))),
     ("BN117", lambda: nn.BatchNorm1d(3, momentum=0.0, track_running_stats=False)),

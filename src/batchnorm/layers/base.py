@@ -13,8 +13,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.functional import is_traced, track
 from batchnorm.kernels import IDENTITY, Activation
 from batchnorm.moments import Moments
-from batchnorm.statistics import Batch, Running, RunningStatistics, Statistics
-from batchnorm.statistics.running import Untracked
+from batchnorm.statistics import Batch, Running, RunningStatistics, Statistics, Untracked
 
 __all__ = ["BatchNorm", "checked_statistics", "learning", "let_learn"]
 

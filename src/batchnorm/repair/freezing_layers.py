@@ -47,7 +47,7 @@ class Switches:
         tracks = layer.track_running_stats and layer.running_mean is not None and not in_eval
         return cls(
             "running" if in_eval or isinstance(policy, Running) else "batch",
-            bool(tracks and getattr(policy, "updates", True)),
+            bool(tracks and (policy is None or policy.updates)),
             any(parameter.requires_grad for parameter in layer.parameters()),
         )
 

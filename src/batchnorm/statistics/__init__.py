@@ -4,6 +4,15 @@ from batchnorm.statistics.batch import Batch
 from batchnorm.statistics.ghost import Ghost
 from batchnorm.statistics.policy import RunningStatistics, Statistics
 from batchnorm.statistics.renorm import Ramp, Renorm
-from batchnorm.statistics.running import Running
+from batchnorm.statistics.running import Running, Untracked
 
-__all__ = ["Batch", "Ghost", "Ramp", "Renorm", "Running", "RunningStatistics", "Statistics"]
+__all__ = [
+    "Batch",
+    "Ghost",
+    "Ramp",
+    "Renorm",
+    "Running",
+    "RunningStatistics",
+    "Statistics",
+    "Untracked",
+]

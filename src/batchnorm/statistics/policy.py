@@ -34,6 +34,9 @@ class Statistics(ABC):
     needs_running: bool = False
     """Whether the policy reads running statistics, so that a layer must track them."""
 
+    updates: bool = True
+    """Whether running statistics take up what it gives."""
+
     @abstractmethod
     def normalize(
         self,

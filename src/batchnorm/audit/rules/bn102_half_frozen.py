@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from batchnorm.audit.call import policy_of
 from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Severity, in_layers
 from batchnorm.audit.rule import Rule, repair
 from batchnorm.audit.state import LayerState, State
-from batchnorm.layers import BatchNorm
-from batchnorm.statistics import Running
 
 __all__ = ["HalfFrozen"]
 
@@ -88,7 +87,8 @@ def _is_half_frozen(layer: LayerState) -> bool:
     module = layer.module
     if module is None or not module.training or module.weight is None:
         return False
-    if isinstance(module, BatchNorm) and isinstance(module.statistics, Running):
+    policy = policy_of(module)
+    if policy is not None and not policy.updates:
         return False
     learns = module.weight.requires_grad or (module.bias is not None and module.bias.requires_grad)
     tracks = module.track_running_stats and module.running_mean is not None

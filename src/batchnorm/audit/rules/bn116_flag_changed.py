@@ -53,11 +53,12 @@ class FlagChanged(Rule):
         """One finding for each of the two contradictions."""
         contradictions: dict[bool, list[str]] = {}
         for layer in state.layers:
-            module = layer.module
-            if module is not None and module.track_running_stats != (
-                module.running_mean is not None
-            ):
-                contradictions.setdefault(module.track_running_stats, []).append(layer.path)
+            if layer.module is None:
+                continue
+            # as it was set: a frozen layer's reads as False
+            flag = bool(vars(layer.module)["track_running_stats"])
+            if flag != (layer.module.running_mean is not None):
+                contradictions.setdefault(flag, []).append(layer.path)
         for flag, paths in contradictions.items():
             what = (
                 "True without running statistics, so that inference uses the batch's,"
@@ -68,6 +69,6 @@ class FlagChanged(Rule):
                 Severity.WARNING,
                 f"track_running_stats={what} {in_layers(paths)}",
                 paths,
-                "make the layer anew with the flag; to stop statistics from moving, freeze it",
+                "make the layer anew with the flag; to stop statistics from moving, batchnorm.freeze",
                 layers=float(len(paths)),
             )
