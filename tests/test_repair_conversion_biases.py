@@ -11,7 +11,8 @@ from torch import nn
 import batchnorm
 from batchnorm import Ghost, Renorm, Running
 from batchnorm.repair.conversion import convert
-from test_repair_conversion_fusion import FrozenBatchNorm2d, Undecided, chain, randomized
+from test_repair_conversion_fusion import Undecided, chain
+from test_repair_conversion_others import FrozenBatchNorm2d, randomized
 
 
 @pytest.fixture(autouse=True)

@@ -228,6 +228,16 @@ def test_undo_brings_everything_back_to_the_bit(to, ours):
     )
 
 
+def test_undo_keeps_the_order_of_the_state_dict():
+    norm = nn.BatchNorm2d(4)
+    norm.register_parameter("own", nn.Parameter(torch.zeros(1)))
+    keys = list(norm.state_dict())
+    convert(norm, to="rms_norm").undo()
+    assert list(norm.state_dict()) == keys
+    convert(norm, to="identity").undo()
+    assert list(norm.state_dict()) == keys
+
+
 def test_undo_keeps_what_was_trained_since_and_follows_the_device():
     model = nn.Sequential(nn.BatchNorm2d(4))
     model(torch.randn(3, 4, 2, 2))

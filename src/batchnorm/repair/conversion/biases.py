@@ -63,7 +63,7 @@ def drop_bias(layer: nn.Module, norms: Sequence[nn.Module], undo: ExitStack) -> 
     for norm in norms:
         mean = norm.running_mean
         if isinstance(mean, Tensor):
-            moved = (mean.detach().double() - bias.detach().double()).to(mean.dtype)
+            moved = (_wide(mean) - _wide(bias.detach())).to(mean.dtype)
             undo.callback(_put_back(norm, mean, moved, bias))
             norm.running_mean = moved
     undo.callback(setattr, layer, "bias", bias)
@@ -80,14 +80,18 @@ def _put_back(norm: nn.Module, mean: Tensor, moved: Tensor, bias: Tensor) -> Cal
         if torch.equal(now.to(first), first):  # adding the bias again would round
             norm.running_mean = mean.to(now.device)
         else:
-            norm.running_mean = (now.double() + bias.double().to(now.device)).to(now.dtype)
+            norm.running_mean = (_wide(now) + _wide(bias.to(now.device))).to(now.dtype)
 
     return put_back
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a layer adds its bias as torch.nn's does."""
-    own = getattr(type(layer), "forward", None)
+    own = getattr(layer.forward, "__func__", None)
     return any(own is getattr(kind, "forward", None) for kind in (*_CONVOLUTIONS, nn.Linear))
 
 

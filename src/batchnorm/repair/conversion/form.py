@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,6 @@ __all__ = ["COMMON", "Form", "become", "fresh", "revert"]
 COMMON = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 """The settings that batch norms of every kind have; who changes them, means them to stay."""
 
-_Held = TypeVar("_Held", bound="Tensor | None")
-
 
 @dataclass(frozen=True, eq=False)
 class Form:
@@ -24,7 +22,7 @@ class Form:
     Hooks, the mode, and what its user put on it are no part of its form.
 
     - `settings`: plain attributes, such as `eps`.
-    - `dtypes`: in a form that is only remembered, those of the buffers, which it does not hold.
+    - `dtypes`: of the buffers, in a form that is only remembered and does not hold them.
     """
 
     kind: type[nn.Module]
@@ -78,17 +76,10 @@ class Form:
             name: now.settings.get(name, value) if name in COMMON else value
             for name, value in self.settings.items()
         }
-        tensors = now.tensors
-        device = next((t.device for t in tensors.values() if t is not None), None)
-        parameters = {
-            name: _as_parameter(_latest(old, tensors.get(name, old), device))
-            for name, old in self.parameters.items()
-        }
-        buffers = {
-            name: _as_buffer(_latest(old, tensors.get(name, old), device), self.dtypes.get(name))
-            for name, old in self.buffers.items()
-        }
-        return replace(self, settings=settings, parameters=parameters, buffers=buffers, dtypes={})
+        held = now.tensors
+        parameters = {n: _as_parameter(_latest(n, t, held)) for n, t in self.parameters.items()}
+        buffers = {n: _as_buffer(_latest(n, t, held)) for n, t in self.buffers.items()}
+        return replace(self, settings=settings, parameters=parameters, buffers=buffers)
 
 
 def fresh(kind: type[nn.Module], *arguments: Any, **options: Any) -> Form:
@@ -128,16 +119,18 @@ def revert(module: nn.Module, was: Form, then: Form) -> None:
     become(module, then, was.with_what(replace(now, settings=told)))
 
 
-def _latest(old: _Held, new: Tensor | None, device: torch.device | None) -> Tensor | None:
+def _latest(name: str, old: Tensor | None, held: dict[str, Tensor | None]) -> Tensor | None:
     """The values that a tensor has now, in the tensor that it was where that is there."""
+    new, weight = held.get(name, old), held.get("weight")
     if old is None:
         return new
     if old is new or new is None:  # nobody held it meanwhile
-        return old if device is None or old.device == device else _moved(old, device)
-    if is_lazy(old) or is_lazy(new):
+        device = next((t.device for t in held.values() if t is not None), old.device)
+        return old if old.device == device else _moved(old, device)
+    if is_lazy(old) or is_lazy(new) or (old.shape, old.device) != (new.shape, new.device):
         return new
-    if old.shape != new.shape or old.device != new.device:
-        return new.detach().to(old.dtype)
+    if old.dtype != new.dtype and weight is not None and weight.dtype != old.dtype:
+        return new  # the model has another dtype since
     with torch.no_grad():
         old.copy_(new)
     return old
@@ -158,8 +151,5 @@ def _as_parameter(tensor: Tensor | None) -> nn.Parameter | None:
     return nn.Parameter(tensor)
 
 
-def _as_buffer(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    if tensor is None:
-        return None
-    tensor = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
-    return tensor if dtype is None or is_lazy(tensor) else tensor.to(dtype)
+def _as_buffer(tensor: Tensor | None) -> Tensor | None:
+    return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor

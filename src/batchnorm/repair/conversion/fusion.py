@@ -9,6 +9,7 @@ from torch import nn
 
 from batchnorm.kernels import IDENTITY, Activation
 from batchnorm.models.graph import Node
+from batchnorm.models.tracing import is_hooked
 from batchnorm.repair.conversion.form import Form, fresh
 from batchnorm.repair.conversion.order import Order
 from batchnorm.repair.conversion.source import FUSED, MEMORY, Refused, Source
@@ -92,7 +93,7 @@ def _behind(order: Order, norm: nn.Module, source: Source) -> tuple[nn.Module, .
         raise Refused("the model does not call it in what can be read of it")
     if order.uncalled:
         raise Refused("the model has norms that it calls at other times, perhaps in its place")
-    if norm._forward_hooks or _has_backward_hooks(norm):
+    if norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks:
         raise Refused("it has hooks, which would see the activation's output")
     behind: dict[nn.Module, Activation] = {}
     for call in calls:
@@ -116,8 +117,8 @@ def _checked(consumer: Node) -> nn.Module:
         activation = IDENTITY
     if activation == IDENTITY:
         raise Refused(f"{type(module).__name__} follows it, no activation that can be fused")
-    if module._forward_hooks or module._forward_pre_hooks or _has_backward_hooks(module):
-        raise Refused(f"{consumer.name} has hooks")
+    if is_hooked(module) or "forward" in vars(module):
+        raise Refused(f"{consumer.name} has hooks or a forward of its own")
     return module
 
 
@@ -133,7 +134,3 @@ def _are_theirs(
 
 def _name(order: Order, module: nn.Module) -> str:
     return order.calls(module)[0].node.name
-
-
-def _has_backward_hooks(module: nn.Module) -> bool:
-    return bool(module._backward_hooks or module._backward_pre_hooks)

@@ -215,7 +215,7 @@ class _Work:
         for module, path in meant.items():
             try:
                 source = understood(module)
-                if module in of_domains and name != "batchnorm":
+                if module in of_domains and name not in ("batchnorm", "original"):
                     raise Refused("its DomainBatchNorm gives it a residual and a mask")
             except Refused as reason:
                 self.skipped[path] = str(reason)
@@ -236,8 +236,6 @@ class _Work:
         except Refused as reason:
             self.skipped[self.paths[module]] = str(reason)
             return False
-        if name not in LOSSLESS:
-            self.needs_fine_tuning |= source.was_trained
         return True
 
     def _unfuse(self, name: str, options: Options) -> None:
@@ -278,8 +276,10 @@ class _Work:
             if plan.form is source.form or _is_same(plan.form, source.form):
                 continue
             before = _text(module)
+            if plan.is_lossy:
+                self.needs_fine_tuning |= source.was_trained
             self._become(module, source.form, plan.form)
-            if plan.frozen:
+            if plan.is_frozen:
                 assert isinstance(module, BatchNorm)
                 module.freeze()
             self.converted[path] = (before, _text(module))
@@ -291,7 +291,7 @@ class _Work:
             self._become(activation, *unfused_activation(activation))
 
     def _become(self, module: nn.Module, now: Form, then: Form) -> None:
-        self.undo.callback(revert, module, now, then)
+        self.undo.callback(_revert, module, now, then)
         become(module, now, then)
 
     def drop_biases(
@@ -311,6 +311,19 @@ class _Work:
             was = f"{type(layer).__name__} with a bias of {len(layer.bias)}"  # type: ignore[arg-type]
             drop_bias(layer, norms, self.undo)
             self.converted[meant[layer]] = (was, f"{type(layer).__name__} without")
+
+
+def _revert(module: nn.Module, was: Form, then: Form) -> None:
+    frozen_since = getattr(module, "_thawed", None) and not was.settings.get("_thawed")
+    if frozen_since and isinstance(module, BatchNorm):
+        module.unfreeze()  # or its parameters would never learn again
+    revert(module, was, then)
+    weight = module._parameters.get("weight")
+    if issubclass(was.kind, BatchNorm) or weight is None or weight.dtype.itemsize >= 4:
+        return
+    for name, buffer in was.buffers.items():  # the model has half the precision since
+        if buffer is not None and buffer.is_floating_point():
+            module._buffers[name] = getattr(module, name).to(weight.dtype)
 
 
 def _is_same(one: Form, other: Form) -> bool:

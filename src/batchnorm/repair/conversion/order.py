@@ -44,7 +44,7 @@ class Call:
         if self.node.users > 1:
             return "several operations take its output"
         others = [node.name for node in self.consumers if node.module is None]
-        return f"what takes its output is no module{f': {others[0]}' if others else ''}"
+        return f"{others[0] if others else 'nothing'} takes its output, which is no module"
 
 
 class Order:

@@ -41,8 +41,8 @@ class Conversion:
     def undo(self) -> None:
         """Make the layers what they were, with what their tensors have learned since.
 
-        What this conversion took away comes back as it was, into the optimizer too. Later
-        conversions have to be undone first.
+        What this conversion took away comes back as it was, into the optimizer too; a layer that
+        was frozen since learns again. Later conversions have to be undone first.
         """
         self._undo.close()
 
@@ -59,8 +59,8 @@ class Conversion:
         if self.needs_fine_tuning:
             text += "\ntrained layers compute something else now: the model needs fine-tuning"
         rows = [
-            (_shown(path), was, now, self._note(path))
-            for path, (was, now) in self.converted.items()
+            (_shown(path), *self.converted.get(path, ("", "as it was")), self._note(path))
+            for path in dict.fromkeys((*self.converted, *self.unfused))
         ]
         text = table(text, ("layer", "was", "is", ""), rows)
         if self.skipped:

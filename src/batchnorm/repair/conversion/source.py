@@ -23,8 +23,6 @@ from batchnorm.layers import (
 )
 from batchnorm.models.norms import TorchBatchNorm
 from batchnorm.repair.conversion.form import COMMON, Form, fresh
-from batchnorm.statistics import Running
-from batchnorm.statistics.running import Untracked
 
 __all__ = [
     "ADOPTED",
@@ -121,13 +119,6 @@ class Source:
         return act
 
     @property
-    def is_frozen(self) -> bool:
-        """Whether it keeps to its statistics in training, or keeps them as they are."""
-        settings = self.form.settings
-        kept = isinstance(settings.get("statistics"), (Running, Untracked))
-        return self.base is None or kept or settings.get("_thawed") is not None
-
-    @property
     def dims(self) -> int | None:
         """The dimensions of the positions, where that is known: 2 for images."""
         for form in (self.form, self.origin):
@@ -181,6 +172,8 @@ def understood(module: nn.Module) -> Source:
     """What a batch norm is; raises `Refused` for one that does what `convert` does not know."""
     if _is_frozen_by_name(module):
         return _frozen(module)
+    if "forward" in vars(module):
+        raise Refused("it was given a forward of its own")
     base = base_of(type(module))
     if base is None:
         raise Refused(f"{type(module).__name__} is derived from no class of torch.nn's that tells")
@@ -276,8 +269,7 @@ def _computes(module: nn.Module, form: Form, act: Activation) -> bool:
     if mean is None or var is None or mean.is_meta:
         return mean is None or mean.is_meta
     like = mean if weight is None else weight
-    x = torch.linspace(-2, 2, 8 * len(mean), device=like.device).reshape(2, len(mean), 2, 2)
-    x = x.to(like.dtype)
+    x = torch.linspace(-2, 2, 8 * len(mean)).reshape(2, len(mean), 2, 2).to(like)
     training, module.training = module.training, False
     try:
         y = type(module).forward(module, x.clone())
@@ -287,14 +279,14 @@ def _computes(module: nn.Module, form: Form, act: Activation) -> bool:
         module.training = training
 
     def wide(tensor: Tensor) -> Tensor:
-        return tensor.double().reshape(1, -1, 1, 1)
+        return tensor.cpu().double().reshape(1, -1, 1, 1)
 
-    z = (x.double() - wide(mean)) / (wide(var) + form.settings["eps"]).sqrt()
+    z = (x.cpu().double() - wide(mean)) / (wide(var) + form.settings["eps"]).sqrt()
     z = z if weight is None else z * wide(weight)
     z = act(z if bias is None else z + wide(bias))
     finite = z[z.isfinite()]
     scale = float(finite.abs().max()) if finite.numel() else 0.0
     tolerance = 30 * torch.finfo(like.dtype).eps
     return torch.allclose(
-        y.double(), z, rtol=tolerance, atol=max(tolerance * scale, 1e-30), equal_nan=True
+        y.cpu().double(), z, rtol=tolerance, atol=max(tolerance * scale, 1e-30), equal_nan=True
     )

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.kernels import IDENTITY
-from batchnorm.layers.base import checked_statistics
+from batchnorm.layers.base import BatchNorm, checked_statistics
+from batchnorm.models.norms import TorchBatchNorm
 from batchnorm.repair.conversion.channel_first import ChannelLayerNorm, ChannelRMSNorm
 from batchnorm.repair.conversion.form import COMMON, Form, fresh
 from batchnorm.repair.conversion.source import (
@@ -27,6 +28,7 @@ from batchnorm.repair.conversion.source import (
     new,
 )
 from batchnorm.statistics import Batch, Running, Statistics
+from batchnorm.statistics.running import Untracked
 
 __all__ = ["LOSSLESS", "TARGETS", "Options", "Plan"]
 
@@ -44,12 +46,14 @@ class Plan:
     """The form that a layer takes.
 
     - `lost`: what has no place in it.
-    - `frozen`: whether it is frozen then, as the layer was.
+    - `is_frozen`: whether it is frozen then, as the layer was.
+    - `is_lossy`: whether it computes something else then.
     """
 
     form: Form
     lost: tuple[str, ...] = ()
-    frozen: bool = False
+    is_frozen: bool = False
+    is_lossy: bool = False
 
 
 Target = Callable[[Source, Options], Plan]
@@ -84,7 +88,7 @@ def _ours(source: Source, options: Options) -> Plan:
             raise Refused(str(error)) from None
     wide = {name: _wide(form.buffers[name]) for name in _WIDE if name in form.buffers}
     form = replace(form, settings=settings, buffers={**form.buffers, **wide})
-    return Plan(_remembering(source, form), frozen=source.base is None)
+    return Plan(_remembering(source, form), is_frozen=source.base is None)
 
 
 def _torch(source: Source, _: Options) -> Plan:
@@ -98,31 +102,24 @@ def _torch(source: Source, _: Options) -> Plan:
 def _sync(source: Source, options: Options) -> Plan:
     """torch.nn.SyncBatchNorm."""
     source.check_not_lazy()
-    plan = _torch_norm(source, nn.SyncBatchNorm)
-    if options.process_group is not None:
-        settings = {**plan.form.settings, "process_group": options.process_group}
-        plan = replace(plan, form=replace(plan.form, settings=settings))
-    return plan
+    group = {} if options.process_group is None else {"process_group": options.process_group}
+    return _torch_norm(source, nn.SyncBatchNorm, **group)
 
 
-def _torch_norm(source: Source, kind: type[nn.Module]) -> Plan:
+def _torch_norm(source: Source, kind: type[nn.Module], **told: Any) -> Plan:
     name = f"torch.nn.{kind.__name__}"
     if source.act != IDENTITY:
         raise Refused(f"its activation {source.act} has no place in {name}")
-    if source.is_frozen:
-        raise Refused(f"it is frozen, which {name} is by eval() alone; unfreeze() it first")
+    _check_thawed(source, name)
     form = _batch_norm(source, kind)
+    form.settings.update(told)
     lost = []
     statistics = source.form.settings.get("statistics", Batch())
     if statistics != Batch():
         lost.append(f"statistics={statistics}")
-    dtype = _narrow_dtype(source)
-    narrow = {name: b for name in _WIDE if (b := form.buffers.get(name)) is not None}
-    if dtype is not None and any(b.dtype != dtype for b in narrow.values()):
-        narrow = {name: b.to(dtype) for name, b in narrow.items()}
-        if source.origin is None or source.origin.dtypes.get("running_mean") != dtype:
-            lost.append(f"running statistics are rounded to {dtype}, which {name} needs here")
-    form = replace(form, buffers={**form.buffers, **narrow})
+    form, rounded = _narrowed(source, form)
+    if rounded:
+        lost.append(f"running statistics are rounded to {rounded}, which {name} needs here")
     return Plan(_remembering(source, form), tuple(lost))
 
 
@@ -135,7 +132,11 @@ def _original(source: Source, _: Options) -> Plan:
             f"its activation {source.act} was fused from a module outside of what is converted; "
             "convert the whole model"
         )
-    return Plan(source.origin.with_what(source.form))
+    was_frozen = not issubclass(source.origin.kind, TorchBatchNorm)
+    if source.form.settings.get("_thawed") is not None and not was_frozen:
+        raise Refused("it is frozen; unfreeze() it first")
+    form = source.origin.with_what(source.form)
+    return Plan(form if issubclass(form.kind, BatchNorm) else _narrowed(source, form)[0])
 
 
 def _group_norm(source: Source, options: Options) -> Plan:
@@ -237,7 +238,8 @@ def _lossy(source: Source, like: Form) -> Plan:
     lost = [greek[n] for n in greek if held.get(n) is not None and n not in parameters]
     if held.get("running_mean") is not None:
         lost.append("running statistics")
-    return Plan(replace(like, settings=settings, parameters=parameters), tuple(lost))
+    form = replace(like, settings=settings, parameters=parameters)
+    return Plan(form, tuple(lost), is_lossy=True)
 
 
 def _remembering(source: Source, form: Form) -> Form:
@@ -283,9 +285,28 @@ def _wide(buffer: Tensor | None) -> Tensor | None:
     return buffer.float()
 
 
-def _narrow_dtype(source: Source) -> torch.dtype | None:
-    """The dtype that torch.nn needs running statistics in, where it is a narrow one."""
-    weight = source.form.tensors.get("weight")
-    if weight is not None:
-        return weight.dtype if weight.dtype.itemsize < 4 else None
-    return None if source.origin is None else source.origin.dtypes.get("running_mean")
+def _narrowed(source: Source, form: Form) -> tuple[Form, torch.dtype | None]:
+    """The form with running statistics as narrow as its weight, as torch.nn needs them.
+
+    And the dtype, where they have not been as narrow before.
+    """
+    weight = form.tensors.get("weight")
+    remembered = None if source.origin is None else source.origin.dtypes.get("running_mean")
+    dtype = remembered if weight is None else weight.dtype
+    wide = {name: b for name in _WIDE if (b := form.buffers.get(name)) is not None}
+    if dtype is None or dtype.itemsize >= 4 or all(b.dtype == dtype for b in wide.values()):
+        return form, None
+    if weight is None and any(b.dtype != torch.float32 for b in wide.values()):
+        return form, None  # the model has another dtype since
+    narrow = {name: b.to(dtype) for name, b in wide.items()}
+    return replace(form, buffers={**form.buffers, **narrow}), dtype if dtype != remembered else None
+
+
+def _check_thawed(source: Source, name: str) -> None:
+    """Raise `Refused` for a layer that keeps to its statistics, which torch.nn's cannot."""
+    if source.base is None or source.form.settings.get("_thawed") is not None:
+        raise Refused(f"it is frozen, which {name} is by eval() alone; unfreeze() it first")
+    statistics = source.form.settings.get("statistics")
+    by_birth = source.origin is None or issubclass(source.origin.kind, BatchNorm)
+    if isinstance(statistics, (Running, Untracked)) and by_birth:
+        raise Refused(f"statistics={statistics} keeps what {name} would move; set Batch() first")
