@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from types import FrameType, TracebackType
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from batchnorm.models.snapshot import undone_on_failure
 from batchnorm.moments import Moments
 from batchnorm.repair.table import table
 
-__all__ = ["Accumulation", "accumulate", "is_accumulated", "is_recomputation"]
+__all__ = ["Accumulation", "accumulate", "is_accumulated", "is_recomputation", "ranks_of"]
 
 _P = ParamSpec("_P")
 
@@ -60,7 +60,8 @@ def accumulate(model: nn.Module, steps: int) -> Accumulation:
     non-finite statistics skips the whole update, as such a batch does in this library's layers.
     `SyncBatchNorm` pools over the ranks too.
 
-    `torch.compile` breaks its graph at each layer, and compiles anew what it had compiled.
+    `torch.nn`'s layers take one more sweep over their inputs. `torch.compile` breaks its graph at
+    each layer, and compiles anew what it had compiled.
 
     - `model`: what the training loop calls, or a part of it, through which its layers are called.
     - `steps`: how many micro-batches make a batch, k.
@@ -244,6 +245,7 @@ class Accumulation:
             handle.remove()
         for norm, layer in self._layers.items():
             layer.put_back(norm)
+        self._forwards = []
         _compile_anew()
 
 
@@ -306,12 +308,19 @@ class _Layer:
         return "–" if mean != mean else f"×{mean:.3f}"
 
 
+def ranks_of(norm: nn.Module) -> int:
+    """How many ranks normalize a layer's batches together."""
+    if isinstance(norm, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
+        return dist.get_world_size(cast("dist.ProcessGroup | None", norm.process_group))
+    return 1
+
+
 def _over_ranks(norm: TorchBatchNorm, mine: Moments) -> Moments:
     """The moments of all ranks whose batches a layer normalizes together."""
-    if not (isinstance(norm, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized()):
+    if ranks_of(norm) == 1:
         return mine
     packed = torch.stack([mine.count.to(mine.mean.dtype), mine.mean, mine.m2])
-    ranks = [torch.empty_like(packed) for _ in range(dist.get_world_size(norm.process_group))]
+    ranks = [torch.empty_like(packed) for _ in range(ranks_of(norm))]
     dist.all_gather(ranks, packed, norm.process_group)
     return Moments.merge(Moments(n.to(torch.int64), mean, m2) for n, mean, m2 in ranks)
 
