@@ -1,4 +1,4 @@
-"""Batch normalization for PyTorch: drop-in layers, and an auditor that watches them train."""
+"""Batch normalization for PyTorch: drop-in layers, an auditor, and repairs for what it finds."""
 
 from batchnorm.layers import (
     BatchNorm1d,
@@ -11,15 +11,39 @@ from batchnorm.layers import (
     domain,
 )
 from batchnorm.moments import Moments
-from batchnorm.repair import rematerialize
-from batchnorm.statistics import Batch, Ghost, Ramp, Renorm, Running
+from batchnorm.repair import (
+    Cap,
+    ChannelLayerNorm,
+    ChannelRMSNorm,
+    Entropy,
+    FoldedBatchNorm,
+    accumulate,
+    adapt,
+    average,
+    convert,
+    fold,
+    freeze,
+    frozen_statistics,
+    parameter_groups,
+    pooled_forward,
+    port,
+    recalibrate,
+    rematerialize,
+    unfreeze,
+)
+from batchnorm.statistics import Batch, Ghost, Ramp, Renorm, Running, Untracked
 
 __all__ = [
     "Batch",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Cap",
+    "ChannelLayerNorm",
+    "ChannelRMSNorm",
     "DomainBatchNorm",
+    "Entropy",
+    "FoldedBatchNorm",
     "Ghost",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
@@ -28,8 +52,21 @@ __all__ = [
     "Ramp",
     "Renorm",
     "Running",
+    "Untracked",
+    "accumulate",
+    "adapt",
+    "average",
+    "convert",
     "domain",
+    "fold",
+    "freeze",
+    "frozen_statistics",
+    "parameter_groups",
+    "pooled_forward",
+    "port",
+    "recalibrate",
     "rematerialize",
+    "unfreeze",
 ]
 
 __version__ = "0.1.0"

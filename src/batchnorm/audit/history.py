@@ -10,7 +10,7 @@ from batchnorm.audit.call import Call
 from batchnorm.audit.evidence import Evidence, LayerEvidence
 from batchnorm.audit.layer_history import LayerHistory
 from batchnorm.audit.model_history import ModelHistory
-from batchnorm.audit.place import is_inside_autograd_function, trail
+from batchnorm.audit.place import is_inside, is_inside_autograd_function, trail
 from batchnorm.audit.profile import Period
 from batchnorm.audit.update import update
 
@@ -20,6 +20,9 @@ ROOM = 256  # layers more than live, before those that are gone are put away
 GONE = 2048  # of which so many are remembered
 
 _NOTE = "history"
+
+# In eval mode, for statistics that are to be replaced.
+_ESTIMATES = frozenset({("batchnorm/repair/recalibration.py", "recalibrate")})
 
 
 class History:
@@ -53,7 +56,7 @@ class History:
                     call.notes[_NOTE] = own.version, call.running_statistics()
             own.calls += 1
         elif not call.layer.training and call.layer.running_mean is not None:
-            if own.used is None:
+            if own.used is None and not is_inside(_ESTIMATES):
                 own.refresh(call)
                 own.note_use()
             if own.is_averaged:

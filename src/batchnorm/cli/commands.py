@@ -37,13 +37,14 @@ from batchnorm.cli.output import (
     refuse,
     write_report,
 )
+from batchnorm.cli.repairing import add_commands
 from batchnorm.cli.settings import selection_from
 from batchnorm.kernels.diagnosis import diagnose
 
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="Batch normalization, watched.",
+    help="Batch normalization, watched and repaired.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -101,6 +102,7 @@ def run(
 
 
 app.command()(check)
+add_commands(app)
 
 
 def _rank() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from batchnorm.cli.files import replacing
 from batchnorm.models.checkpoint import PICKLED, read_tensors
 
-__all__ = ["WRITTEN", "checked_destination", "load_weights", "save_tensors"]
+__all__ = ["WRITTEN", "checked_destination", "load_weights", "read_arrays", "save_tensors"]
 
 WRITTEN = (".safetensors", *PICKLED)
 
@@ -69,6 +70,20 @@ def load_weights(model: nn.Module, path: Path) -> None:
                 f"{tuple(wanted[key].shape)} in the model"
             )
     model.load_state_dict(state, strict=False)  # the counts
+
+
+def read_arrays(path: Path) -> Mapping[str, Tensor | np.ndarray]:
+    """Arrays by name, of NumPy's .npz or of a checkpoint.
+
+    Raises `ValueError` for a file that is none.
+    """
+    if path.suffix != ".npz":
+        return read_tensors(path)
+    try:
+        with np.load(path) as held:  # which unpickles nothing
+            return dict(held)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

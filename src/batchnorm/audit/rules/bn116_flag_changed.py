@@ -69,6 +69,6 @@ class FlagChanged(Rule):
                 Severity.WARNING,
                 f"track_running_stats={what} {in_layers(paths)}",
                 paths,
-                "make the layer anew with the flag; to stop statistics from moving, batchnorm.freeze",
+                "make the layer anew with the flag; to stop statistics from moving, freeze(model)",
                 layers=float(len(paths)),
             )
