@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from batchnorm.models.norms import TorchBatchNorm
 
@@ -26,10 +27,13 @@ def is_frozen_norm(module: nn.Module | None) -> bool:
     if module is None or isinstance(module, TorchBatchNorm) or any(module.children()):
         return False
     names = ("weight", "bias", "running_mean", "running_var")
-    held = [getattr(module, name, None) for name in names]
-    lengths = {t.shape for t in held if isinstance(t, Tensor) and t.ndim == 1}
-    is_whole = all(isinstance(t, Tensor) and t.ndim == 1 for t in held) and len(lengths) == 1
+    shapes = {_shape(getattr(module, name, None)) for name in names}
+    is_whole = len(shapes) == 1 and len(shapes.pop() or ()) == 1
     return is_whole and isinstance(getattr(module, "eps", None), float)
+
+
+def _shape(value: object) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) and not is_lazy(value) else None
 
 
 @dataclass(eq=False)

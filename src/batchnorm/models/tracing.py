@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -88,7 +88,16 @@ class _Tracer(fx.Tracer):
 def _traced(model: nn.Module, batch: Any) -> Graph:
     with left_as_it_was(model):  # a forward that keeps something would keep proxies
         traced = _Tracer().trace(model, concrete_args=_defaults(model, batch))
-        return _graph(model, traced, "torch.fx")
+        return _graph(model, traced, "torch.fx", _kept(model))
+
+
+def _kept(model: nn.Module) -> list[fx.Node]:
+    """The operations whose results a traced forward left in attributes, for somebody to read."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    for value in list(values):
+        if isinstance(value, (list, tuple, dict)):
+            values += value.values() if isinstance(value, dict) else value
+    return [value.node for value in values if isinstance(value, fx.Proxy)]
 
 
 def _defaults(model: nn.Module, batch: Any) -> dict[str, Any]:
@@ -101,7 +110,7 @@ def _defaults(model: nn.Module, batch: Any) -> dict[str, Any]:
     }
 
 
-def _graph(model: nn.Module, traced: fx.Graph, read_by: str) -> Graph:
+def _graph(model: nn.Module, traced: fx.Graph, read_by: str, kept: Iterable[fx.Node] = ()) -> Graph:
     modules = dict(model.named_modules())
     nodes: dict[fx.Node, Node] = {}
     for each in traced.nodes:
@@ -115,7 +124,9 @@ def _graph(model: nn.Module, traced: fx.Graph, read_by: str) -> Graph:
         )
     taken = [_attribute(model, str(n.target)) for n in traced.nodes if n.op == "get_attr"]
     tensors = [t for t in taken if isinstance(t, Tensor)]
-    return Graph(read_by, list(nodes.values()), tensors).count_users()
+    attributes = Node("an attribute", None, tuple(nodes[each] for each in kept))
+    every = [*nodes.values(), *([attributes] if attributes.inputs else [])]
+    return Graph(read_by, every, tensors).count_users()
 
 
 def _given(node: fx.Node) -> list[fx.Node]:

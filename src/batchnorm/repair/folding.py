@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm.models.calling import Forward, call
@@ -217,17 +217,17 @@ def _first_difference(
     """Where layers begin to give something else than before, or give the most other."""
     paths = list(dict.fromkeys(target.last for target in plan.targets.values()))
 
-    def given() -> list[tuple[str, Any]]:
+    def given() -> dict[str, list[Tensor]]:
         names = {model.get_submodule(path): path for path in paths}
-        return [(names[module], call.output) for module, call in trial.calls(names)]
+        found: dict[str, list[Tensor]] = {}
+        for module, each in trial.calls(names):
+            found.setdefault(names[module], []).extend(tensors_of(each.output))
+        return found
 
     before = given()
     with change.made():
         after = given()
-    differences = [
-        (path, difference(tensors_of(new), tensors_of(old)))
-        for (path, old), (_, new) in zip(before, after, strict=False)
-    ]
+    differences = [(path, difference(after.get(path, []), old)) for path, old in before.items()]
     first = next((each for each in differences if each[1] > tolerance), None)
     return first or max(differences, key=lambda each: each[1])
 

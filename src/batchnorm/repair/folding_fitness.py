@@ -126,7 +126,7 @@ def norm_of(path: str, module: nn.Module, calls: Mapping[nn.Module, Call]) -> No
     if is_hooked(module):
         raise UnfitError("it has hooks, which would not be called any more")
     affine = Affine.of(module)
-    if not affine.is_finite:
+    if not (affine.is_finite and all(bool(t.isfinite().all()) for t in module.buffers(False))):
         raise UnfitError("its statistics or parameters are not finite, or var + ε is not > 0")
     rest = _rest(module, affine)
     call = calls.get(module)
