@@ -8,10 +8,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 from typer.testing import CliRunner
 
 import batchnorm
-from batchnorm.audit import RULES
+from batchnorm.audit import RULES, Selection, audit, watch
 from batchnorm.cli.commands import app
 
 SCRIPT = Path(__file__).parent / "scripts" / "mistakes.py"
@@ -108,3 +110,117 @@ def test_a_suggested_call_fits_the_repair_s_signature(code, text):
 def test_every_repair_is_named_on_a_rule_s_page(repair):
     assert repair in batchnorm.__all__
     assert any(f"{repair}(" in rule.page() for rule in RULES)
+
+
+def images(n: int = 8, shift: float = 0.0) -> torch.Tensor:
+    return torch.randn(n, 3, 6, 6) + shift
+
+
+def network(norm=nn.BatchNorm2d, **options) -> nn.Sequential:
+    """A trained one: its statistics follow what its convolution gives, and γ and β differ."""
+    options = {"bias": False, **options}
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, **options), norm(4), nn.ReLU(), nn.Flatten())
+    with torch.no_grad():
+        model[1].weight.uniform_(0.5, 1.5)
+        model[1].bias.normal_()
+    for batch in loader():
+        model(batch)
+    return model
+
+
+def loader() -> list[torch.Tensor]:
+    return [images() for _ in range(30)]
+
+
+def changed(model: nn.Sequential, **statistics: float) -> nn.Sequential:
+    for name, value in statistics.items():
+        getattr(model[1], name).fill_(value)
+    return model
+
+
+def synchronized() -> nn.Module:
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network())
+
+
+def with_bias() -> nn.Module:
+    return network(bias=True)
+
+
+STILL = {
+    "NaN in a mean": ("BN101", lambda: changed(network(), running_mean=float("nan"))),
+    "statistics lost": ("BN106", lambda: changed(network(), running_mean=0.0, running_var=1.0)),
+    "stale": ("BN103", lambda: changed(network(), running_mean=5.0)),
+    "synchronized": ("BN115", synchronized),
+    "half precision": ("BN121", lambda: network().half()),
+    "cancelled bias": ("BN127", with_bias),
+}
+
+
+@pytest.mark.parametrize("mistake", STILL)
+def test_what_an_audit_suggests_ends_its_finding(mistake):
+    code, make = STILL[mistake]
+    model = make()
+    looks = None if code in ("BN101", "BN115", "BN121") else loader()
+
+    def told() -> list[str]:
+        findings = audit(model, looks, selection=Selection(select=(code,))).findings
+        return [finding.fix for finding in findings if finding.code == code]
+
+    (fix,) = told()
+    exec(fix, {"model": model, "loader": loader(), "batch": images()})  # noqa: S102 - as pasted
+    # γ and β in half precision are a fact that may be meant, and told as one
+    assert [f for f in told() if f == fix] == ([fix] if code == "BN121" else [])
+    if code == "BN121":
+        assert model[1].running_mean.dtype == torch.float32
+
+
+def test_decay_of_γ_and_β_ends_with_the_optimizer_s_groups_split():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+
+    def train() -> list[str]:
+        with watch(model) as probe:
+            for batch in loader():
+                optimizer.zero_grad()
+                model(batch).square().mean().backward()
+                optimizer.step()
+        return [f.fix for f in probe.report().findings if "decay" in f.message]
+
+    (fix,) = train()
+    exec(fix, {"model": model, "optimizer": optimizer})  # noqa: S102 - as pasted
+    assert train() == []
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-3, 0.0]
+
+
+def test_deployment_s_shift_is_taken_up_by_the_adaptation_that_is_suggested():
+    model = network()
+    there = [images(64, shift=2.0) for _ in range(8)]
+    report = audit(model, loader(), deploy=there)
+    fix = next(f.fix for f in report.findings if f.code == "BN126")
+    model.eval()
+    at_home, before = model[:2](images(64)).mean(), model[:2](there[0]).mean()
+    exec(fix, {"model": model})  # noqa: S102 - as pasted
+    after = model[:2](there[0]).mean()
+    assert (after - at_home).abs() < (before - at_home).abs() * 0.7  # the cap holds it
+
+
+def test_the_fold_that_is_suggested_leaves_out_what_it_must():
+    class Shortcut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+            self.two, self.folds = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            x = self.one(x)
+            return self.folds(self.two(self.norm(x) + x))
+
+    model = Shortcut()
+    (finding,) = [f for f in audit(model).findings if f.code == "BN119"]
+    assert finding.modules == ("norm",)
+    batch = images()
+    expected = model.eval()(batch)
+    exec(finding.fix, {"model": model, "batch": batch})  # noqa: S102 - as pasted
+    assert isinstance(model.norm, nn.BatchNorm2d)
+    assert isinstance(model.folds, nn.Identity)
+    torch.testing.assert_close(model(batch), expected)
