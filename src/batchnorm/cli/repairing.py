@@ -193,7 +193,10 @@ def port(
         str | None, typer.Option("--model", help="What makes the model that they are for.")
     ] = None,
     by_order: Annotated[
-        bool, typer.Option("--by-order", help="Match layers by their order, not by name.")
+        bool,
+        typer.Option(
+            "--by-order", help="Match layers by their order (of .npz and .pt), not by name."
+        ),
     ] = False,
     output: Output = None,
 ) -> None:
