@@ -17,8 +17,8 @@ from torch.fx.experimental.optimization import fuse
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from batchnorm import BatchNorm1d, BatchNorm2d, DomainBatchNorm, domain
-from batchnorm.repair.folded import FoldedBatchNorm
 from batchnorm.repair.folding import fold
+from batchnorm.repair.folding.folded import FoldedBatchNorm
 from test_repair_folding_affine import randomized
 
 NORMS = nn.modules.batchnorm._BatchNorm

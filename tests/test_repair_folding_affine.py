@@ -13,7 +13,7 @@ from torch import nn
 
 from batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.repair.folding import fold
-from batchnorm.repair.folding_affine import Affine
+from batchnorm.repair.folding.affine import Affine
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

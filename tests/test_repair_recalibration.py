@@ -10,8 +10,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 from batchnorm import BatchNorm1d, BatchNorm2d, Ghost, LazyBatchNorm2d, Renorm
-from batchnorm.repair import recalibration, recalibration_passes
-from batchnorm.repair.recalibration import recalibrate
+from batchnorm.repair.recalibration import passes, recalibrate, recalibration
 from recalibrated import (
     STATISTICS,
     UPSTREAMS,
@@ -47,7 +46,7 @@ def test_statistics_are_those_of_all_elements(x, cuts, upstream):
 
 @pytest.mark.parametrize("upstream", UPSTREAMS)
 def test_means_a_million_deviations_from_zero(upstream, monkeypatch):
-    monkeypatch.setitem(recalibration_passes._AT_ONCE, "cpu", 200)  # several parts to a batch
+    monkeypatch.setitem(passes._AT_ONCE, "cpu", 200)  # several parts to a batch
     layer = BatchNorm2d(2, dtype=torch.float64)
     batches = [(torch.randn(n, 2, 7, 7).double() * 0.3 + 3e5).float() for n in (9, 2, 5)]
     recalibrate(layer, batches, upstream=upstream)

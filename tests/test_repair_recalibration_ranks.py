@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm import BatchNorm2d
-from batchnorm.repair import recalibration
-from batchnorm.repair.recalibration import recalibrate
+from batchnorm.repair.recalibration import recalibrate, recalibration
 from processes import run_ranks
 from recalibrated import (
     UPSTREAMS,

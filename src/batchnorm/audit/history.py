@@ -22,7 +22,7 @@ GONE = 2048  # of which so many are remembered
 _NOTE = "history"
 
 # In eval mode, for statistics that are to be replaced.
-_ESTIMATES = frozenset({("batchnorm/repair/recalibration.py", "recalibrate")})
+_ESTIMATES = frozenset({("batchnorm/repair/recalibration/recalibration.py", "recalibrate")})
 
 
 class History:

@@ -5,8 +5,7 @@ from batchnorm.repair.activation_memory import ActivationMemory, activation_memo
 from batchnorm.repair.adaptation import Adaptation, Cap, Entropy, adapt
 from batchnorm.repair.averaging import Averaging, average
 from batchnorm.repair.conversion import ChannelLayerNorm, ChannelRMSNorm, Conversion, convert
-from batchnorm.repair.folded import FoldedBatchNorm
-from batchnorm.repair.folding import Folding, fold
+from batchnorm.repair.folding import FoldedBatchNorm, Folding, fold
 from batchnorm.repair.freezing import Freezing, freeze, unfreeze
 from batchnorm.repair.frozen_statistics import frozen_statistics
 from batchnorm.repair.parameter_groups import parameter_groups

@@ -11,7 +11,7 @@ from torch import Tensor
 from batchnorm.functional import Normalization, again, moments
 from batchnorm.functional.operation import epilogue_of
 from batchnorm.functional.recipe import Settings
-from batchnorm.kernels import Activation, backend_for, coefficients_of
+from batchnorm.kernels import Activation, Coefficients, Epilogue, backend_for, coefficients_of
 from batchnorm.kernels.contract import biased
 from batchnorm.moments import Moments
 
@@ -75,14 +75,14 @@ class _Together(torch.autograd.Function):
         pooled, xs, residuals, masks = Moments(*rest[:3]), *_in_three(rest[3:])
         _, _, eps, act, parameter = ctx.settings
         coefficients = coefficients_of(xs[0], pooled, weight, bias, eps)
-        totals, projections, gs = [], [], []
-        for dy, x, residual, mask in zip(dys, xs, residuals, masks, strict=True):
-            epilogue = epilogue_of(residual, mask, act, parameter)
-            backend = backend_for(x, epilogue)
-            total, projection, g = backend.backward_reduce(dy, x, coefficients, epilogue)
-            totals.append(total)
-            projections.append(projection)
-            gs.append(g)
+        epilogues = [
+            epilogue_of(r, m, act, parameter) for r, m in zip(residuals, masks, strict=True)
+        ]
+        sums = [
+            backend_for(x, epilogue).backward_reduce(dy, x, coefficients, epilogue)
+            for dy, x, epilogue in zip(dys, xs, epilogues, strict=True)
+        ]
+        totals, projections, gs = zip(*sums, strict=True)
         total = torch.stack(totals).sum(0)
         rounded = coefficients.center - pooled.mean  # the sums are about the rounded center
         projection = torch.stack(projections).sum(0) + rounded * total
@@ -90,16 +90,11 @@ class _Together(torch.autograd.Function):
         n = pooled.count.clamp(min=1)
         slope = -inverse.square() * projection / n
         offset = -total / n + rounded * slope
-        dxs: list[Tensor | None] = []
-        for i, (dy, x, g, mask) in enumerate(zip(dys, xs, gs, masks, strict=True)):
-            if not ctx.needs_input_grad[3 + i]:
-                dxs.append(None)
-                continue
-            done = ("identity", 0.0) if g is not None else (act, parameter)
-            epilogue = epilogue_of(None, mask, *done)
-            backend = backend_for(x, epilogue)
-            dy = dy if g is None else g
-            dxs.append(backend.backward_apply(dy, x, coefficients, epilogue, slope, offset))
+        asked = ctx.needs_input_grad[3 : 3 + len(xs)]
+        dxs = [
+            _input_gradient(*of, coefficients, slope, offset) if needed else None
+            for needed, *of in zip(asked, dys, xs, gs, epilogues, strict=True)
+        ]
         d_residuals = [
             _residual_gradient(*of) for of in zip(dys, gs, masks, ctx.residual_dtypes, strict=True)
         ]
@@ -114,6 +109,22 @@ _apply: Any = _Together.apply
 def _in_three(tensors: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
     k = len(tensors) // 3
     return tensors[:k], tensors[k : 2 * k], tensors[2 * k :]
+
+
+def _input_gradient(
+    dy: Tensor,
+    x: Tensor,
+    g: Tensor | None,
+    epilogue: Epilogue,
+    coefficients: Coefficients,
+    slope: Tensor,
+    offset: Tensor,
+) -> Tensor:
+    """That of x; `g`, where there was a residual, is dy taken through the activation."""
+    if g is not None:
+        dy, epilogue = g, Epilogue(mask=epilogue.mask)
+    backend = backend_for(x, epilogue)
+    return backend.backward_apply(dy, x, coefficients, epilogue, slope, offset)
 
 
 def _residual_gradient(

@@ -36,8 +36,9 @@ class Unfoldable(Rule):
 
     ## Fix
 
-    `batchnorm.fold(model, batch)`, which goes by the order of operations, leaves these layers out
-    and says why, and compares outputs before and after.
+    `batchnorm.fold(model, batch)`, which goes by the order of operations: it gets transposed
+    convolutions with groups right, leaves the others and says why, and compares outputs before and
+    after.
 
     ## When it is fine
 
@@ -64,9 +65,9 @@ class Unfoldable(Rule):
         for reason, paths in reasons.items():
             yield self.found(
                 Severity.INFO,
-                f"not to be folded, since {reason}, {in_layers(paths)}",
+                f"folding by pairs gets them wrong, since {reason}, {in_layers(paths)}",
                 paths,
-                repair("fold(model.eval(), batch)", "which leaves them out"),
+                repair("fold(model.eval(), batch)", "which gets them right, or leaves them"),
                 layers=float(len(paths)),
             )
 

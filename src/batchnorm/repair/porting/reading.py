@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm.repair.porting_sources import FLAX, TORCH, Source
+from batchnorm.repair.porting.sources import FLAX, TORCH, Source
 
 __all__ = ["Held", "Layer", "Reading", "bare_names", "dotted", "read"]
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.models.snapshot import undone_on_failure
-from batchnorm.repair.porting_kernels import is_kernel
-from batchnorm.repair.porting_layers import is_norm
-from batchnorm.repair.porting_reading import Layer, bare_names
-from batchnorm.repair.porting_sources import FLAX, Source
+from batchnorm.repair.porting.kernels import is_kernel
+from batchnorm.repair.porting.layers import is_norm
+from batchnorm.repair.porting.reading import Layer, bare_names
+from batchnorm.repair.porting.sources import FLAX, Source
 
 __all__ = ["Settings", "Target", "in_order", "settings_of", "some"]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from batchnorm.repair.porting_sources import FLAX, KERAS, Source
+from batchnorm.repair.porting.sources import FLAX, KERAS, Source
 
 __all__ = ["LINEAR", "channels_first", "is_kernel", "kind_of_kernel", "turned"]
 

@@ -11,9 +11,9 @@ from batchnorm.layers import DomainBatchNorm
 from batchnorm.models.calling import Forward
 from batchnorm.models.graph import Graph, is_linear
 from batchnorm.models.tracing import graph_of
-from batchnorm.repair.folding_affine import Linear, folded_parameters
-from batchnorm.repair.folding_change import Change
-from batchnorm.repair.folding_fitness import (
+from batchnorm.repair.folding.affine import Linear, folded_parameters
+from batchnorm.repair.folding.change import Change
+from batchnorm.repair.folding.fitness import (
     Norm,
     Tied,
     UnfitError,
@@ -21,8 +21,8 @@ from batchnorm.repair.folding_fitness import (
     has_own_forward,
     norm_of,
 )
-from batchnorm.repair.folding_plan import Plan, plan_of
-from batchnorm.repair.folding_trial import Call, Trial
+from batchnorm.repair.folding.plan import Plan, plan_of
+from batchnorm.repair.folding.trial import Call, Trial
 
 __all__ = ["survey"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from batchnorm.models.calling import Forward, with_tensors
 from batchnorm.models.snapshot import repeatable
-from batchnorm.repair.folding_change import Change
+from batchnorm.repair.folding.change import Change
 
 __all__ = ["Call", "Trial", "copied", "default_tolerance", "difference", "tensors_of"]
 

@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
-from batchnorm.repair.porting_reading import dotted
-from batchnorm.repair.porting_sources import Source
+from batchnorm.repair.porting.reading import dotted
+from batchnorm.repair.porting.sources import Source
 
 __all__ = ["Renamed", "by_layer", "renamed_paths"]
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from batchnorm.models.graph import Graph, Node
-from batchnorm.repair.folding_affine import (
+from batchnorm.repair.folding.affine import (
     Affine,
     Linear,
     Transposed,
     channels_given,
     channels_taken,
 )
-from batchnorm.repair.folding_fitness import Norm, UnfitError, has_own_forward
+from batchnorm.repair.folding.fitness import Norm, UnfitError, has_own_forward
 
 __all__ = ["Plan", "Target", "plan_of"]
 

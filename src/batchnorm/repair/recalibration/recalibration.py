@@ -19,10 +19,10 @@ from batchnorm.models.compiled import original
 from batchnorm.models.norms import TorchBatchNorm, Where
 from batchnorm.models.snapshot import left_as_it_was, undone_on_failure
 from batchnorm.moments import Moments
-from batchnorm.repair.recalibration_estimates import in_one_pass, layer_by_layer, population
-from batchnorm.repair.recalibration_layers import recalibrated_and_frozen
-from batchnorm.repair.recalibration_ranks import Ranks
-from batchnorm.repair.recalibration_stream import Stream, shown
+from batchnorm.repair.recalibration.estimates import in_one_pass, layer_by_layer, population
+from batchnorm.repair.recalibration.layers import recalibrated_and_frozen
+from batchnorm.repair.recalibration.ranks import Ranks
+from batchnorm.repair.recalibration.stream import Stream, shown
 from batchnorm.repair.table import table
 
 __all__ = ["Recalibration", "Shift", "recalibrate"]

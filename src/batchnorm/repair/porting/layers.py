@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from batchnorm.repair.porting_kernels import (
+from batchnorm.repair.porting.kernels import (
     LINEAR,
     channels_first,
     is_kernel,
     kind_of_kernel,
     turned,
 )
-from batchnorm.repair.porting_reading import Held, Layer
-from batchnorm.repair.porting_sources import TORCH, Source
+from batchnorm.repair.porting.reading import Held, Layer
+from batchnorm.repair.porting.sources import TORCH, Source
 
 __all__ = ["Ported", "is_norm", "port_layer", "unbiased"]
 

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.models.norms import TorchBatchNorm, Where, batch_norms, is_meant
 from batchnorm.models.snapshot import undone_on_failure
-from batchnorm.repair.freezing_layers import Earlier, Switches, freeze_layer, is_frozen, thaw
+from batchnorm.repair.freezing.layers import Earlier, Switches, freeze_layer, is_frozen, thaw
 from batchnorm.repair.table import table
 
 __all__ = ["Freezing", "Frozen", "Switches", "freeze", "unfreeze"]

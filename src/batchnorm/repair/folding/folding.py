@@ -15,11 +15,11 @@ from batchnorm.models.compiled import original
 from batchnorm.models.graph import is_frozen_norm
 from batchnorm.models.norms import TorchBatchNorm, Where, is_meant
 from batchnorm.models.snapshot import left_as_it_was
-from batchnorm.repair.folding_change import Change
-from batchnorm.repair.folding_fitness import uses_batch
-from batchnorm.repair.folding_plan import Plan
-from batchnorm.repair.folding_survey import survey
-from batchnorm.repair.folding_trial import Trial, default_tolerance, difference, tensors_of
+from batchnorm.repair.folding.change import Change
+from batchnorm.repair.folding.fitness import uses_batch
+from batchnorm.repair.folding.plan import Plan
+from batchnorm.repair.folding.survey import survey
+from batchnorm.repair.folding.trial import Trial, default_tolerance, difference, tensors_of
 from batchnorm.repair.table import table
 
 __all__ = ["Folding", "fold"]

@@ -9,7 +9,7 @@ from batchnorm.layers import BatchNorm
 from batchnorm.layers.adoption import adopt, is_adoptable, release
 from batchnorm.layers.base import learning, let_learn
 from batchnorm.models.norms import TorchBatchNorm
-from batchnorm.repair.freezing_classes import held, hold, let_go
+from batchnorm.repair.freezing.classes import held, hold, let_go
 from batchnorm.repair.frozen_statistics import obeys_flag
 from batchnorm.statistics import Running
 

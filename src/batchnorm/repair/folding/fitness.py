@@ -12,16 +12,16 @@ from batchnorm.layers.base import BatchNorm
 from batchnorm.models.graph import Graph
 from batchnorm.models.norms import TorchBatchNorm
 from batchnorm.models.tracing import is_hooked
-from batchnorm.repair.folded import FoldedBatchNorm
-from batchnorm.repair.folding_affine import (
+from batchnorm.repair.folding.affine import (
     Affine,
     Linear,
     channels_given,
     channels_taken,
     folded_parameters,
 )
-from batchnorm.repair.folding_change import Change
-from batchnorm.repair.folding_trial import Call, copied, default_tolerance, difference
+from batchnorm.repair.folding.change import Change
+from batchnorm.repair.folding.folded import FoldedBatchNorm
+from batchnorm.repair.folding.trial import Call, copied, default_tolerance, difference
 from batchnorm.statistics import Running
 
 __all__ = [

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from batchnorm.models.norms import TorchBatchNorm
 from batchnorm.moments import Moments
-from batchnorm.repair.recalibration_passes import Pass, Run, bind
-from batchnorm.repair.recalibration_ranks import Ranks
-from batchnorm.repair.recalibration_stream import Shown, Stream
+from batchnorm.repair.recalibration.passes import Pass, Run, bind
+from batchnorm.repair.recalibration.ranks import Ranks
+from batchnorm.repair.recalibration.stream import Shown, Stream
 
 __all__ = ["in_one_pass", "layer_by_layer", "population"]
 

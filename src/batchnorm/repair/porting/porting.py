@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from batchnorm.repair.porting_layers import Ported, is_norm, port_layer, unbiased
-from batchnorm.repair.porting_models import Settings, Target, in_order, settings_of, some
-from batchnorm.repair.porting_options import Renamed, by_layer, renamed_paths
-from batchnorm.repair.porting_reading import Layer, read
-from batchnorm.repair.porting_sources import SOURCES, TORCH, Framework, Source
+from batchnorm.repair.porting.layers import Ported, is_norm, port_layer, unbiased
+from batchnorm.repair.porting.models import Settings, Target, in_order, settings_of, some
+from batchnorm.repair.porting.options import Renamed, by_layer, renamed_paths
+from batchnorm.repair.porting.reading import Layer, read
+from batchnorm.repair.porting.sources import SOURCES, TORCH, Framework, Source
 from batchnorm.repair.table import table
 
 __all__ = ["PortedNorm", "Porting", "Settings", "port"]
