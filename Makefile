@@ -45,6 +45,8 @@ bench: .venv/installed  ## Run the benchmarks; nothing else should run meanwhile
 	$(BIN)/python benchmarks/watching.py --output benchmarks/watching.md
 	$(BIN)/python benchmarks/checkpoints.py --output benchmarks/checkpoints.md
 	$(BIN)/python benchmarks/false_alarms.py --output benchmarks/false_alarms.md
+	$(BIN)/python benchmarks/folding.py --output benchmarks/folding.md
+	$(BIN)/python benchmarks/adaptation.py --output benchmarks/adaptation.md
 
 clean:  ## Remove what was installed and cached.
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
