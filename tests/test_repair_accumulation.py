@@ -192,7 +192,7 @@ class Recursive(nn.Module):
 
     def forward(self, x, depth=2):
         y = self.norm(x)
-        return self(y + 1, depth - 1) if depth else y
+        return self.norm(self(y + 1, depth - 1) + 1) if depth else y
 
 
 @both_norms
@@ -201,7 +201,7 @@ def test_a_model_that_calls_itself_makes_one_pass(norm):
     accumulation = accumulate(model, 2)
     train(model, images(2, 3))
     assert (accumulation.passes, accumulation.updates) == (2, 1)
-    assert model.norm.num_batches_tracked == 3
+    assert model.norm.num_batches_tracked == 5
 
 
 @both_norms
@@ -321,6 +321,10 @@ def test_a_layer_that_ctrl_c_ended_goes_on():
     with pytest.raises(KeyboardInterrupt):
         layer(images(2)[0])
     layer.raises = False
+    assert copy.deepcopy(layer)(images(2)[0]).shape == (2, 3, 6, 6)
+    layer.eval()(images(2)[0])
+    assert accumulation.pending == 0
+    layer.train()
     parts = images(2, 3)
     for part in parts:
         layer(part)

@@ -1,5 +1,7 @@
 import copy
+import gc
 import threading
+from contextlib import suppress
 from contextvars import ContextVar
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from batchnorm import BatchNorm1d, BatchNorm2d, Ghost, LazyBatchNorm2d, rematerialize
@@ -177,6 +179,20 @@ def test_images_of_different_sizes_make_one_batch(norm):
 
 
 @both_norms
+def test_gradients_far_from_zero_are_right_in_single_precision(norm):
+    layer, parts = norm(1), [3000 + 0.3 * torch.randn(8, 1, 4, 4) for _ in range(3)]
+    dys = [1 + torch.randn(8, 1, 4, 4) for _ in parts]
+    for part in parts:
+        part.requires_grad_()
+    torch.autograd.backward(pooled_forward(layer, parts), dys)
+    wide = [part.detach().double().requires_grad_() for part in parts]
+    weight, bias = (torch.full((1,), v, dtype=torch.float64, requires_grad=True) for v in (1, 0))
+    torch.autograd.backward(composite(wide, weight, bias)[0], [dy.double() for dy in dys])
+    assert_close([p.grad.double() for p in parts], [x.grad for x in wide], 1e-5)
+    assert_close([g.double() for g in gradients(layer)], [weight.grad, bias.grad], 1e-5)
+
+
+@both_norms
 def test_micro_batches_of_one_value_make_a_batch(norm):
     model, parts = norm(3).double(), batches(1, 1, size=1)
     whole = copy.deepcopy(model)
@@ -249,12 +265,14 @@ def test_batches_are_called_as_trainers_call():
 
 
 @both_norms
-def test_checkpoints_around_stages_change_nothing(norm):
+@pytest.mark.parametrize("early", [True, False])
+def test_checkpoints_around_stages_change_nothing(norm, early):
     model, parts = network(norm), batches(2, 3)
     whole = copy.deepcopy(model)
     outputs = parts
-    for stage in model:
-        outputs = checkpoint(pooled_forward, stage, outputs, use_reentrant=False)
+    with set_checkpoint_early_stop(early):
+        for stage in model:
+            outputs = checkpoint(pooled_forward, stage, outputs, use_reentrant=False)
     assert_is_one_pass(model, whole, parts, outputs)
     assert threading.active_count() == 1
 
@@ -435,6 +453,22 @@ def test_an_exception_ends_all_and_leaves_no_trace(error):
     assert model.second.num_batches_tracked == 1
 
 
+def test_an_exception_keeps_no_tensor_alive():
+    model, kept = Fragile(RuntimeError("out of memory")).double(), []
+    model.first.register_forward_hook(
+        lambda m, args, y: kept.append(StorageWeakRef(y.untyped_storage()))
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        with suppress(RuntimeError):
+            pooled_forward(model, batches(2, 3, 4))
+        model.error = None  # it holds its traceback
+        assert [reference.expired() for reference in kept] == [True, True]
+    finally:
+        gc.enable()
+
+
 class Stubborn(nn.Module):
     """Goes on whatever is raised."""
 
@@ -443,7 +477,7 @@ class Stubborn(nn.Module):
         self.norm = nn.BatchNorm2d(3)
 
     def forward(self, x):
-        for _ in range(3):
+        for _ in range(3 if len(x) == 3 else 6):
             try:
                 self.norm(x)
             except Exception:

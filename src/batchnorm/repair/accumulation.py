@@ -196,7 +196,9 @@ class Accumulation:
     def _before(self, norm: TorchBatchNorm, inputs: Any) -> None:
         """Ours compute their moments, and hand them over where they would track them."""
         layer = self._layers.get(norm)
-        if not norm.training or not (norm.track_running_stats or (layer and layer.is_off)):
+        if layer is not None:
+            layer.put_back(norm)  # what a call left that Ctrl-C ended
+        if not (norm.training and norm.track_running_stats):
             return
         if layer is None:
             raise RuntimeError(
@@ -285,7 +287,7 @@ class _Layer:
     calls: list[Moments] = field(default_factory=list)
     pools: list[_Pool] = field(default_factory=list)
     spread: list[Tensor] = field(default_factory=list)  # at the last update, of each call
-    is_off: bool = False  # its flag, while it is called; Ctrl-C may leave it so
+    is_off: bool = False  # its flag, while it is called
     version: int = 0  # of its running statistics then
 
     def pool(self) -> None:

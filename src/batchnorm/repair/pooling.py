@@ -67,7 +67,7 @@ def pooled_forward(
     Ten convolutions with fused norms and ReLUs on 64 images of 48², in 8 micro-batches, took 60 MB
     by plain accumulation, 400 as one batch and 389 here; 227 with `rematerialize`, and 173 with a
     checkpoint around each of five stages (float32 on the CPU, the peak over the idle process). On
-    24² they took 0.24 to 0.35 s, 0.26 and 0.34 (one thread).
+    images of 24² and in one thread the one batch took 0.26 s, and this 0.34.
 
     - `batches`: the micro-batches; their outputs are to be weighted as the loss asks. For the loss
       of the pooled batch, a mean, weight each one's mean by its share of the samples.

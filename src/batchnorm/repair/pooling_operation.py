@@ -92,8 +92,8 @@ class _Together(torch.autograd.Function):
         offset = -total / n + rounded * slope
         asked = ctx.needs_input_grad[3 : 3 + len(xs)]
         dxs = [
-            _input_gradient(*of, coefficients, slope, offset) if needed else None
-            for needed, *of in zip(asked, dys, xs, gs, epilogues, strict=True)
+            _input_gradient(dy, x, g, epilogue, coefficients, slope, offset) if needed else None
+            for needed, dy, x, g, epilogue in zip(asked, dys, xs, gs, epilogues, strict=True)
         ]
         d_residuals = [
             _residual_gradient(*of) for of in zip(dys, gs, masks, ctx.residual_dtypes, strict=True)
