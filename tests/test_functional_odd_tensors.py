@@ -8,7 +8,7 @@ import torch
 
 import oracle
 from batchnorm import BatchNorm1d, Moments
-from batchnorm.functional import batch_norm, moments, normalize
+from batchnorm.functional import batch_norm, moments, normalize, track
 
 
 def misaligned(shape):
@@ -154,3 +154,10 @@ def test_moments_that_do_not_fit_are_refused(groups, wrong):
     x = torch.randn(4, 3, 5)
     with pytest.raises(ValueError, match=r"batch\.(count|mean) must have shape"):
         batch_norm(x, batch=wrong(moments(x)), groups=groups)
+
+
+def test_running_statistics_on_two_devices_are_refused():
+    mean, var = torch.zeros(3), torch.ones(3, device="meta")
+    batch = moments(torch.randn(4, 3))
+    with pytest.raises(ValueError, match=r"running mean is on device cpu.*variance on meta"):
+        track(mean, var, None, batch, 0.1)

@@ -143,8 +143,13 @@ def track(
 
     A batch with a non-finite mean or variance is skipped whole, counter included.
 
-    Raises `ValueError` where the batch is on another device.
+    Raises `ValueError` where the batch, or one of the running statistics, is on another device.
     """
+    if var.device != mean.device:
+        raise ValueError(
+            f"the running mean is on device {mean.device} and the running variance on "
+            f"{var.device}; move the layer as a whole, with layer.to(device)"
+        )
     if batch.mean.device != mean.device:
         raise ValueError(
             f"the running statistics are on device {mean.device} and the batch on "
