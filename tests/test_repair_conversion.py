@@ -16,6 +16,7 @@ from batchnorm import Batch, Ghost, Renorm, Running
 from batchnorm.layers import BatchNorm
 from batchnorm.repair.conversion import convert
 from batchnorm.repair.conversion import model as conversion_of_models
+from batchnorm.repair.freezing import freeze, unfreeze
 
 
 @pytest.fixture(autouse=True)
@@ -379,3 +380,12 @@ def test_layers_on_the_meta_device_are_converted():
     assert not result.needs_fine_tuning
     assert isinstance(model[1], nn.GroupNorm)
     assert not isinstance(model[1], BatchNorm)
+
+
+def test_a_layer_that_freeze_holds_is_left_with_the_way_to_convert_it():
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    freeze(model)
+    assert "unfreeze(model) first" in convert(model, to="batchnorm").skipped["0"]
+    unfreeze(model)
+    convert(model, to="batchnorm")
+    assert type(model[0]) is OURS[2]

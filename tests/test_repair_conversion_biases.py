@@ -228,7 +228,7 @@ def test_a_bias_whose_way_is_not_known_stays(name):
         model = nn.Sequential(Anything())
         model.unused = make()
         model = Around(model)
-    result = convert(model, to="drop_bias")
+    result = convert(model, to="drop_bias", where="*")
     assert result.converted == {}
     (text,) = result.skipped.values()
     assert reason in text
@@ -241,6 +241,14 @@ class Around(nn.Module):
 
     def forward(self, x):
         return self.model[0](x)
+
+
+def test_a_layer_that_no_norm_follows_is_told_of_only_where_it_was_named():
+    def model():
+        return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+
+    assert convert(model(), to="drop_bias").skipped == {}
+    assert list(convert(model(), to="drop_bias", where="2").skipped) == ["2"]
 
 
 def test_a_bias_along_another_axis_stays():

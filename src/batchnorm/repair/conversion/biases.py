@@ -13,7 +13,7 @@ from batchnorm.models.graph import Node
 from batchnorm.repair.conversion.order import Call, Order
 from batchnorm.repair.conversion.source import Refused, is_norm, understood
 
-__all__ = ["biased", "cancelling", "drop_bias"]
+__all__ = ["biased", "cancelling", "drop_bias", "is_before_norm"]
 
 _CONVOLUTIONS: dict[type[nn.Module], int] = {
     nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3,
@@ -54,6 +54,12 @@ def cancelling(
     for norm in norms:
         _check_cancels(order, layer, bias, norm, None if shapes is None else shapes.get(norm, ()))
     return tuple(norms)
+
+
+def is_before_norm(order: Order, layer: nn.Module) -> bool:
+    """Whether a batch norm takes a layer's output, be it with others; True where none is known."""
+    consumers = [node.module for call in order.calls(layer) for node in call.consumers]
+    return not consumers or any(module is not None and is_norm(module) for module in consumers)
 
 
 def drop_bias(layer: nn.Module, norms: Sequence[nn.Module], undo: ExitStack) -> None:

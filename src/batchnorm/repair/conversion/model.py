@@ -17,7 +17,7 @@ from batchnorm.layers.base import BatchNorm
 from batchnorm.models.calling import Forward
 from batchnorm.models.compiled import original
 from batchnorm.models.norms import Where, is_meant
-from batchnorm.repair.conversion.biases import biased, cancelling, drop_bias
+from batchnorm.repair.conversion.biases import biased, cancelling, drop_bias, is_before_norm
 from batchnorm.repair.conversion.form import Form, become, revert
 from batchnorm.repair.conversion.fusion import Fusion, fused_activation, groups, unfused_activation
 from batchnorm.repair.conversion.observation import Observation, difference, tolerance
@@ -111,7 +111,8 @@ def convert(
     with ExitStack() as undo:
         work = _Work(model, None if seen is None else seen.shapes, undo)
         if name == _DROP_BIAS:
-            work.drop_biases(_meant(model, where, biased, "biased layers"), example, forward)
+            meant = _meant(model, where, biased, "biased layers")
+            work.drop_biases(meant, example, forward, is_named=where is not None)
         else:
             meant = _meant(model, where, is_norm, "batch norms")
             work.convert(meant, name, options)
@@ -295,14 +296,24 @@ class _Work:
         become(module, now, then)
 
     def drop_biases(
-        self, meant: dict[nn.Module, str], example: Any | None, forward: Forward | None
+        self,
+        meant: dict[nn.Module, str],
+        example: Any | None,
+        forward: Forward | None,
+        *,
+        is_named: bool,
     ) -> None:
-        """Take out the biases that batch norms take out again."""
+        """Take out the biases that batch norms take out again.
+
+        - `is_named`: whether the layers were asked for, so that each is told of.
+        """
         if not meant:
             return
         order = Order(self.model, example, forward)
         cancelled = {}
         for layer, path in meant.items():
+            if not is_named and not is_before_norm(order, layer):
+                continue
             try:
                 cancelled[layer] = cancelling(order, layer, self.shapes)
             except Refused as reason:

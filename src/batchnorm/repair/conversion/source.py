@@ -23,6 +23,7 @@ from batchnorm.layers import (
 )
 from batchnorm.models.norms import TorchBatchNorm
 from batchnorm.repair.conversion.form import COMMON, Form, fresh
+from batchnorm.repair.freezing.classes import held
 
 __all__ = [
     "ADOPTED",
@@ -174,6 +175,8 @@ def understood(module: nn.Module) -> Source:
         return _frozen(module)
     if "forward" in vars(module):
         raise Refused("it was given a forward of its own")
+    if held(module):
+        raise Refused("it is frozen; unfreeze(model) first, and freeze it again after")
     base = base_of(type(module))
     if base is None:
         raise Refused(f"{type(module).__name__} is derived from no class of torch.nn's that tells")
