@@ -1,4 +1,4 @@
-"""What every test has: seeded random numbers, two threads, and hypothesis without clocks."""
+"""What every test has: seeded random numbers, one thread, and hypothesis without clocks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ settings.load_profile("tests")
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # small tensors only wait for a second one, and workers run beside
 
 
 @pytest.fixture(autouse=True)

@@ -25,11 +25,6 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread(seeded):
-    torch.set_num_threads(1)  # layers as small as these only wait for a second one
-
-
 @pytest.fixture(params=MODELS)
 def layers_and_model(request, seeded):
     layers, config = MODELS[request.param]

@@ -13,11 +13,6 @@ from batchnorm.audit.place import calling_place, is_inside
 HERE = Path(__file__).name
 
 
-@pytest.fixture(autouse=True)
-def one_thread(seeded):
-    torch.set_num_threads(1)  # layers as small as these only wait for a second one
-
-
 class Places(Rule):
     code = "BN998"
     name = "where it was called"

@@ -27,11 +27,6 @@ from batchnorm.audit import RULES, Finding, Probe, Rule, Severity
 BOTH = pytest.mark.parametrize("norm", [nn.BatchNorm1d, BatchNorm1d], ids=["torch", "ours"])
 
 
-@pytest.fixture(autouse=True)
-def one_thread(seeded):
-    torch.set_num_threads(1)  # layers as small as these only wait for a second one
-
-
 class Calls(Rule):
     """Keeps the calls it is shown."""
 

@@ -21,11 +21,6 @@ BOTH = pytest.mark.parametrize("norm", [nn.BatchNorm1d, BatchNorm1d], ids=["torc
 ENOUGH = EVERY * KEPT + EVERY  # passes after which every batch kept is a late one
 
 
-@pytest.fixture(autouse=True)
-def one_thread(seeded):
-    torch.set_num_threads(1)  # layers as small as these only wait for a second one
-
-
 def batches(passes: int, n: int = 16, c: int = 4, mean=5.0, std=3.0, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     return list(torch.randn(passes, n, c, generator=generator) * std + mean)

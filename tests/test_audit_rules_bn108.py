@@ -13,11 +13,6 @@ from batchnorm.audit import Probe, Report, Severity, run_script
 LIBRARIES = ("torch.nn", "batchnorm")
 
 
-@pytest.fixture(autouse=True)
-def one_thread(seeded):
-    torch.set_num_threads(1)  # layers as small as these only wait for a second one
-
-
 PRELUDE = """
 import copy
 import torch

@@ -17,11 +17,6 @@ BOTH_2D = pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNorm2d], ids=LIB
 REFUSED = "Expected more than 1 value per channel"
 
 
-@pytest.fixture(autouse=True)
-def one_thread(seeded):
-    torch.set_num_threads(1)  # layers as small as these only wait for a second one
-
-
 def found(layer: nn.Module, *inputs: torch.Tensor, refused: bool) -> Report:
     """What is said of a layer that sees these inputs, and refuses every one or none."""
     with Probe() as probe:

@@ -26,11 +26,6 @@ from processes import run_ranks
 STEPS = 60
 
 
-@pytest.fixture(autouse=True)
-def one_thread(seeded):
-    torch.set_num_threads(1)  # layers as small as these only wait for a second one
-
-
 def net(norm=nn.BatchNorm1d, c=8, **options) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(6, c), norm(c, **options), nn.ReLU(), nn.Linear(c, c), norm(c), nn.Linear(c, 2)

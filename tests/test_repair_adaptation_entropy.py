@@ -149,6 +149,25 @@ def test_flags_and_gradients_are_put_back():
     assert not torch.equal(model[1].weight, frozen)  # γ, whose flag was off
 
 
+class Gated(nn.Module):
+    """Multiplies by what it is given, which autograd then keeps."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) * x[:, :4]
+
+
+def test_what_was_made_in_inference_mode_can_be_learned_from():
+    model, twin, x = Gated(network()), Gated(network()), batch()
+    adapt(model, entropy=Entropy(lr=0.1))(x)
+    with torch.inference_mode():
+        adapt(twin, entropy=Entropy(lr=0.1))({"x": x.clone()})
+    assert all(map(torch.equal, affine(model.inner), affine(twin.inner)))
+
+
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_it_learns_where_nothing_is_recorded(guard):
     model, twin = network(), network()
@@ -210,7 +229,7 @@ def test_a_batch_that_fails_has_not_been(error):
 
         def forward(self, x):
             self.passes += 1
-            if self.passes == 5:  # the second step of the third batch
+            if self.passes == 6:  # the second step of the third batch
                 raise error
             return x
 

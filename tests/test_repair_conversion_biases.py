@@ -14,12 +14,6 @@ from batchnorm.repair.conversion import convert
 from test_repair_conversion_fusion import Undecided, chain
 from test_repair_conversion_others import FrozenBatchNorm2d, randomized
 
-
-@pytest.fixture(autouse=True)
-def one_thread(seeded):
-    torch.set_num_threads(1)  # layers as small as these only wait for a second one
-
-
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 LAYERS = {
     "linear": (lambda: nn.Linear(3, 4), 0),

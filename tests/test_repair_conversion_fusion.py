@@ -14,11 +14,6 @@ from batchnorm import DomainBatchNorm, Ghost
 from batchnorm.repair.conversion import convert
 
 
-@pytest.fixture(autouse=True)
-def one_thread(seeded):
-    torch.set_num_threads(1)  # layers as small as these only wait for a second one
-
-
 class Block(nn.Module):
     """As torchvision's: one ReLU, registered before all else, for three places."""
 

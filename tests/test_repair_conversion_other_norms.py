@@ -14,12 +14,6 @@ from torch import nn
 import batchnorm
 from batchnorm.repair.conversion import ChannelLayerNorm, ChannelRMSNorm, convert
 
-
-@pytest.fixture(autouse=True)
-def one_thread(seeded):
-    torch.set_num_threads(1)  # layers as small as these only wait for a second one
-
-
 KINDS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 TARGETS = ("group_norm", "instance_norm", "layer_norm", "rms_norm", "identity")
 

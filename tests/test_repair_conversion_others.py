@@ -13,11 +13,6 @@ from batchnorm import Ghost
 from batchnorm.repair.conversion import convert
 
 
-@pytest.fixture(autouse=True)
-def one_thread(seeded):
-    torch.set_num_threads(1)  # layers as small as these only wait for a second one
-
-
 def chain(*modules):
     return nn.Sequential(*modules)
 

@@ -13,11 +13,6 @@ from batchnorm.repair.conversion import convert
 from test_repair_conversion import LAZY, OURS, TORCH, batch, everything, images, network, tried
 
 
-@pytest.fixture(autouse=True)
-def one_thread(seeded):
-    torch.set_num_threads(1)  # layers as small as these only wait for a second one
-
-
 def test_a_sync_layer_takes_its_dimensions_from_what_it_was_or_an_example_and_else_asks():
     def synced():
         return nn.SyncBatchNorm.convert_sync_batchnorm(network())

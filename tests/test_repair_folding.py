@@ -24,12 +24,6 @@ from test_repair_folding_affine import randomized
 NORMS = nn.modules.batchnorm._BatchNorm
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are small: threads would only wait for each other."""
-    torch.set_num_threads(1)
-
-
 def conv(i=3, o=4, k=3, **options) -> nn.Conv2d:
     return nn.Conv2d(i, o, k, **options)
 

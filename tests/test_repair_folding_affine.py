@@ -21,15 +21,6 @@ THEIRS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 OURS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These networks are small: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     """In eval mode, with statistics, γ and β as no layer begins with them."""
     generator = torch.Generator().manual_seed(seed)

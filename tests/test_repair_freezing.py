@@ -27,12 +27,6 @@ from batchnorm.repair.frozen_statistics import frozen_statistics
 COMBINATIONS = list(itertools.product(("running", "batch"), (False, True), (False, True)))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small are done before a second thread has woken."""
-    torch.set_num_threads(1)
-
-
 class WithAct(nn.BatchNorm2d):
     """A subclass with a forward of its own, as timm's."""
 

@@ -21,12 +21,6 @@ from batchnorm.repair.pooling import pooled_forward
 BOTH = {"torch.nn": nn.BatchNorm2d, "ours": BatchNorm2d}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Each of a pass's threads would start a team of its own."""
-    torch.set_num_threads(1)
-
-
 both_norms = pytest.mark.parametrize("norm", BOTH.values(), ids=BOTH)
 
 

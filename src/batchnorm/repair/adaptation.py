@@ -78,8 +78,8 @@ def adapt(
       `math.inf`: the source to the bit.
     - `memory`: for how many samples the stream counts at most; older ones fade out as new ones
       come in. `math.inf`: none fade; None: only the batch at hand is seen.
-    - `cap`: how far mean and standard deviation may be from the source's, of a batch before it is
-      remembered and of the mixture; None: any.
+    - `cap`: how far mean and standard deviation may be from the source's, those of a batch before
+      it is remembered and those in use; None: any.
     - `entropy`: how γ and β learn too, towards sure answers, for which batches are given to the
       adaptation itself, `adaptation(batch)`; see `Entropy`.
     - `forward`: how `adaptation(batch)` calls the model; by default as trainers do.

@@ -201,10 +201,9 @@ class AdaptedLayer:
         shift, ratio = source.distance(mean, var)
         held = (entering.mean != batch.mean) | (entering.m2 != batch.m2)
         if settings.cap is not None:
-            free = shift, ratio
-            shift = shift.clamp(-settings.cap.mean, settings.cap.mean)
+            free = ratio  # the mean of limited means needs no other limit
             ratio = ratio.clamp(1 / settings.cap.std, settings.cap.std)
-            held = held | (shift != free[0]) | (ratio != free[1])
+            held = held | (ratio != free)
         self.state = _State(
             target.detach(),
             remembered,

@@ -207,11 +207,10 @@ def _merge(path: str, into: State, parts: Sequence[State], shares: Sequence[floa
     many = Moments(counts, means[taken], variances[taken] * counts)
     whole = many.pool(0)
     alike = ((many.mean == many.mean[0]) & (variances[taken] == variances[taken[0]])).all(0)
-    mean = many.mean[0].where(alike, whole.mean)  # to the bit
-    var = variances[taken[0]].where(alike, whole.var())
+    var = variances[taken[0]].where(alike, whole.var())  # to the bit, as the mean is anyhow
     tiny = torch.finfo(var.dtype).tiny
     between = (whole.m2 - many.m2.sum(0)) / whole.m2.clamp(min=tiny)
-    return _Merged(mean, var, means, variances, float(between.mean()))
+    return _Merged(whole.mean, var, means, variances, float(between.mean()))
 
 
 def _average(name: str, into: Tensor, held: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
