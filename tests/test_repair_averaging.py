@@ -116,6 +116,13 @@ def test_what_all_models_agree_on_keeps_its_bits(dtype):
     assert_same_bits(model, state(one))
 
 
+def test_variances_that_agree_are_not_even_rounded():
+    model, one = nn.BatchNorm1d(1000).double(), nn.BatchNorm1d(1000).double()
+    one.running_var.uniform_(0.1, 7)
+    average(model, [one, one, one], weights=[0.3, 1.1, 0.5])
+    assert torch.equal(model.running_var, one.running_var)
+
+
 def test_the_counter_becomes_the_largest_and_integers_are_the_firsts():
     models, model = [trained(seed) for seed in (1, 4, 2)], make()
     for number, each in enumerate((model, *models)):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -154,7 +155,8 @@ class Adaptation:
         try:
             if self._minimization is None:
                 return run()
-            batch = with_tensors(batch, _usable_by_autograd)
+            with torch.inference_mode(False):
+                batch = with_tensors(batch, _usable_by_autograd)
             return with_tensors(self._minimization.learn(run), Tensor.detach)
         except BaseException:
             self._put(before)
