@@ -49,7 +49,7 @@ def adapt(
     The target's own variance is of all its samples, merged as moments. Across s and t two
     estimates of one variance are weighed, as in the paper; to pool them as moments too, with the
     distance of their means in the variance, changed nothing on corrupted digits in mixed order,
-    and cost up to a point in sorted order.
+    and cost up to two points in sorted order.
 
     ```python
     adapt(model.eval())                                # from now on: model(images), as ever
@@ -63,10 +63,10 @@ def adapt(
     answers = adapt(model, entropy=Entropy())(images)  # and γ and β learn
     ```
 
-    Hooks move each layer's input and nothing else: the state_dict stays the same bits, so that
-    whatever happens the model can be saved, trained on, or used without. A sample is what dimension
-    0 of a layer's input counts. In training mode nothing is adapted. A batch with a NaN or an
-    infinity is normalized with what was known before it, and not remembered.
+    Hooks move each layer's input and nothing else: without `entropy` the state_dict stays the same
+    bits, whatever happens. A sample is what dimension 0 of a layer's input counts. In training mode
+    nothing is adapted. A batch with a NaN or an infinity is normalized with what was known before
+    it, and not remembered.
 
     With `memory` an answer depends on what came before. Where the classes come sorted, that is
     harmful: the statistics follow the class, the more the smaller `prior` and `memory` are. The
