@@ -27,8 +27,8 @@ from timing import machine
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from batchnorm.repair import adaptation_statistics
 from batchnorm.repair.adaptation import Adaptation, Cap, Entropy, adapt
+from batchnorm.repair.adaptation import statistics as adapted_statistics
 from batchnorm.repair.recalibration import recalibrate
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits.py"
@@ -152,7 +152,7 @@ def accuracy(model: nn.Module | Adaptation, subject: Subject, batch: int) -> flo
 @contextmanager
 def pooling() -> Iterator[None]:
     """Source and target pooled as moments, with the distance of their means in the variance."""
-    weighed = adaptation_statistics.mixed
+    weighed = adapted_statistics.mixed
 
     def pooled(mean: Tensor, var: Tensor, target: Any, n: Tensor, prior: float) -> Any:
         share = n / (prior + n).clamp(min=1e-300)
@@ -160,11 +160,11 @@ def pooling() -> Iterator[None]:
         mixed_mean, mixed_var = weighed(mean, var, target, n, prior)
         return mixed_mean, mixed_var + between
 
-    adaptation_statistics.mixed = pooled
+    adapted_statistics.mixed = pooled
     try:
         yield
     finally:
-        adaptation_statistics.mixed = weighed
+        adapted_statistics.mixed = weighed
 
 
 class Study:

@@ -10,7 +10,7 @@ from torch import nn
 
 from batchnorm import BatchNorm1d
 from batchnorm.repair.adaptation import Entropy, adapt
-from batchnorm.repair.adaptation_entropy import mean_entropy
+from batchnorm.repair.adaptation.entropy import mean_entropy
 
 SGD = torch.optim.SGD
 BATCH = {"prior": 0, "memory": None, "cap": None}

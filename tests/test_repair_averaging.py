@@ -10,8 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from batchnorm import BatchNorm1d, BatchNorm2d
-from batchnorm.repair import averaging
-from batchnorm.repair.averaging import average
+from batchnorm.repair.averaging import average, averaging
 
 
 def make(kind=nn.BatchNorm1d):

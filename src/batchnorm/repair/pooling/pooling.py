@@ -24,8 +24,8 @@ from batchnorm.models.compiled import is_compiled
 from batchnorm.models.norms import TorchBatchNorm, batch_norms
 from batchnorm.models.snapshot import undone_on_failure
 from batchnorm.repair.accumulation import is_accumulated, is_recomputation, ranks_of
-from batchnorm.repair.pooling_lockstep import ask, in_lockstep
-from batchnorm.repair.pooling_operation import Part, normalize_together
+from batchnorm.repair.pooling.lockstep import ask, in_lockstep
+from batchnorm.repair.pooling.operation import Part, normalize_together
 from batchnorm.statistics import Batch, Running
 from batchnorm.statistics.running import Untracked
 

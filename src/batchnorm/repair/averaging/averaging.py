@@ -19,7 +19,7 @@ from batchnorm.kernels import accumulator
 from batchnorm.models.calling import Forward
 from batchnorm.models.snapshot import undone_on_failure
 from batchnorm.moments import Moments
-from batchnorm.repair.averaging_states import ModelOrState, State, checked_states
+from batchnorm.repair.averaging.states import ModelOrState, State, checked_states
 from batchnorm.repair.recalibration import Recalibration, recalibrate
 from batchnorm.repair.table import table
 

@@ -15,8 +15,8 @@ from batchnorm.models.calling import Forward, call, with_tensors
 from batchnorm.models.compiled import is_compiled
 from batchnorm.models.norms import TorchBatchNorm, Where, batch_norms, is_meant
 from batchnorm.models.snapshot import undone_on_failure
-from batchnorm.repair.adaptation_entropy import Entropy, EntropyMinimization, Progress
-from batchnorm.repair.adaptation_statistics import (
+from batchnorm.repair.adaptation.entropy import Entropy, EntropyMinimization, Progress
+from batchnorm.repair.adaptation.statistics import (
     AdaptedLayer,
     Cap,
     CurrentStream,
