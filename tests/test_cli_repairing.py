@@ -30,6 +30,23 @@ def loader():
 def empty():
     return []
 
+def broken():
+    raise ValueError("boom")
+    yield
+
+def by_name():
+    return [{"input": torch.randn(2, 3, 6, 6)}]
+
+class Extra(nn.BatchNorm2d):
+    def get_extra_state(self):
+        return {"seen": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+def with_extra():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), Extra(4))
+
 def misfits():
     return [torch.randn(4, 2, 6, 6)]
 
@@ -119,6 +136,7 @@ def test_in_place_writes_over_the_weights_and_only_then(here, tmp_path):
     [
         ("repairable.py:empty", "at least one batch"),
         ("repairable.py:misfits", "the model failed on a batch of repairable.py:misfits"),
+        ("repairable.py:broken", "failed on a batch of repairable.py:broken: ValueError: boom"),
         ("repairable.py:nothing", "has no nothing"),
     ],
 )
@@ -157,6 +175,30 @@ def test_fold_writes_a_program_that_runs_without_the_model_s_code(here):
     model.load_state_dict(load_file("in.safetensors"))
     x = torch.randn(2, 3, 6, 6)
     torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_fold_exports_a_model_that_is_called_by_name(here):
+    words = ["fold", "repairable.py:make", "--data", "repairable.py:by_name", "-o", "folded.pt2"]
+    result = batchnorm(*words)
+    assert result.exit_code == 0, result.output
+    x = here["by_name"]()[0]["input"]
+    expected = here["make"]().eval()(x)
+    torch.testing.assert_close(torch.export.load("folded.pt2").module()(input=x), expected)
+
+
+def test_a_state_that_no_file_can_hold_is_refused_before_anything_is_computed(here):
+    words = ["recalibrate", "repairable.py:with_extra", "--data", "repairable.py:empty"]
+    result = batchnorm(*words, "-o", "out.safetensors")
+    assert result.exit_code == 2
+    assert "more than tensors, '1._extra_state'" in said(result)
+
+
+def test_where_chooses_layers(here):
+    words = ["recalibrate", "repairable.py:make", "--data", "repairable.py:loader", "-o", "out.pt"]
+    assert batchnorm(*words, "--where", "1").exit_code == 0
+    refused = batchnorm(*words, "--where", "stem.*")
+    assert refused.exit_code == 2
+    assert "stem.*" in refused.output
 
 
 def test_fold_needs_one_example(here):
@@ -249,6 +291,12 @@ def test_port_translates_names_and_layouts(here, name, words, dense, norm):
     names = ("weight", "bias", "running_mean", "running_var")
     assert [ported[f"{norm}.{key}"][0].item() for key in names] == [2, 3, 4, 5]
     assert "0.001" in result.output  # Keras's ε, which no state dict tells
+
+
+def test_port_has_no_in_place_and_does_not_speak_of_it(here):
+    np.savez("keras.npz", kernel=np.ones((2, 2)))
+    result = batchnorm("port", "keras.npz", "--source", "keras")
+    assert said(result) == "batchnorm: nowhere to write to; give -o out.safetensors"
 
 
 def test_port_refuses_a_file_that_is_none(here, tmp_path):

@@ -100,6 +100,8 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     ("output", "in_place", "said"),
     [
         (None, False, "-o out.safetensors, or --in-place"),
+        (None, None, r"-o out\.safetensors$"),
+        ("in.pt", None, "is an input; give another path to -o$"),
         ("in.pt", False, "is an input.*--in-place"),
         ("out.txt", False, r"its name ends in \.safetensors"),
         ("nowhere/out.pt", False, "no directory"),

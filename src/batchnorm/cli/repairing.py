@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from itertools import islice
@@ -23,6 +23,7 @@ from batchnorm.cli.weights import (
     load_weights,
     read_arrays,
     save_tensors,
+    tensors_of,
 )
 
 __all__ = ["add_commands"]
@@ -49,6 +50,10 @@ Data = Annotated[
 ]
 Input = Annotated[
     str | None, typer.Option("--input", help="The shape of an input, such as 1,3,224,224.")
+]
+Where = Annotated[
+    list[str] | None,
+    typer.Option("--where", help="Only layers whose paths match, such as 'stem.*'. Repeatable."),
 ]
 
 
@@ -91,6 +96,7 @@ def recalibrate(
             "at inference, which takes a pass for each layer."
         ),
     ] = Upstream.BATCH,
+    where: Where = None,
 ) -> None:
     """Give a model the statistics of these batches, pooled exactly.
 
@@ -101,8 +107,10 @@ def recalibrate(
         model = _model(target, weights)
         batches = load_batches(data)
         with _told(f"the model failed on a batch of {data}"):
-            result = repair.recalibrate(model, batches, samples=samples, upstream=upstream.value)
-        save_tensors(model.state_dict(), destination)
+            result = repair.recalibrate(
+                model, batches, samples=samples, upstream=upstream.value, where=where
+            )
+        save_tensors(tensors_of(model), destination)
     _say(result, destination)
 
 
@@ -113,6 +121,7 @@ def fold(
     input: Input = None,
     output: Output = None,
     in_place: InPlace = False,
+    where: Where = None,
 ) -> None:
     """Let batch norms vanish into the convolutions and linear layers around them.
 
@@ -125,12 +134,12 @@ def fold(
         model = _model(target, weights).eval()
         example = _example(model, data, input)
         with _told("the model failed on the example"):
-            result = repair.fold(model, example)
+            result = repair.fold(model, example, where=where)
         if destination.suffix == EXPORTED:
             with _told("torch.export cannot export the folded model"):
                 _export(model, example, destination)
         else:
-            save_tensors(model.state_dict(), destination)
+            save_tensors(tensors_of(model), destination)
     _say(result, destination)
 
 
@@ -144,6 +153,7 @@ def convert(
     input: Input = None,
     output: Output = None,
     in_place: InPlace = False,
+    where: Where = None,
 ) -> None:
     """Put other normalizations in the place of batch norms, or drop the biases that they cancel.
 
@@ -156,8 +166,8 @@ def convert(
         given = data is not None or input is not None
         example = _example(model, data, input) if given else None
         with _told("the model failed on the example"):
-            result = repair.convert(model, to=to, example=example)
-        save_tensors(model.state_dict(), destination)
+            result = repair.convert(model, to=to, where=where, example=example)
+        save_tensors(tensors_of(model), destination)
     _say(result, destination)
 
 
@@ -182,7 +192,7 @@ def average(
         batches = None if data is None else load_batches(data)
         with _told(f"the model failed on a batch of {data}"):
             result = repair.average(model, models, counts=_numbers(counts), batches=batches)
-        save_tensors(model.state_dict(), destination)
+        save_tensors(tensors_of(model), destination)
     _say(result, destination)
 
 
@@ -236,10 +246,19 @@ def _told(failure: str) -> Iterator[None]:
     """What somebody else's code raises, as bad input; the repairs' own errors say it themselves."""
     try:
         yield
-    except (ValueError, TypeError):
-        raise
     except (Exception, SystemExit) as error:
+        if _is_own(error):
+            raise ValueError(str(error)) from error
         raise ValueError(f"{failure}: {in_one_line(error)}") from error
+
+
+def _is_own(error: BaseException) -> bool:
+    """Whether a function of the repairs raised it, and none that they called."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    return module.startswith("batchnorm.")
 
 
 def _destination(
@@ -256,6 +275,7 @@ def _model(target: str, weights: Path | None) -> nn.Module:
     model = load_module(target)
     if weights is not None:
         load_weights(model, weights)
+    tensors_of(model)  # what could not be written is refused before it is computed
     return model
 
 
@@ -272,8 +292,11 @@ def _example(model: nn.Module, data: str | None, shape: str | None) -> Any:
 
 
 def _export(model: nn.Module, example: Any, destination: Path) -> None:
-    first = example[0] if isinstance(example, (tuple, list)) else example
-    exported = torch.export.export(model, (first,))
+    if isinstance(example, Mapping):
+        exported = torch.export.export(model, (), kwargs=dict(example))
+    else:
+        first = example[0] if isinstance(example, (tuple, list)) else example
+        exported = torch.export.export(model, (first,))
     with replacing(destination) as temporary:
         torch.export.save(exported, temporary)
 

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from batchnorm.cli.files import replacing
 from batchnorm.models.checkpoint import PICKLED, read_tensors
 
-__all__ = ["WRITTEN", "checked_destination", "load_weights", "read_arrays", "save_tensors"]
+__all__ = [
+    "WRITTEN",
+    "checked_destination",
+    "load_weights",
+    "read_arrays",
+    "save_tensors",
+    "tensors_of",
+]
 
 WRITTEN = (".safetensors", *PICKLED)
 
@@ -22,10 +29,12 @@ def checked_destination(
     output: Path | None,
     sources: list[Path],
     *,
-    in_place: bool = False,
+    in_place: bool | None = None,
     forms: tuple[str, ...] = WRITTEN,
 ) -> Path:
     """Where a checkpoint goes, known to be writable before anything is computed.
+
+    - `in_place`: whether it may be the source; None where nobody can ask for that.
 
     Raises `ValueError` for a form that is not written, a directory that is not there, and for an
     input file that would be overwritten without `--in-place`.
@@ -33,14 +42,31 @@ def checked_destination(
     if output is None and in_place and len(sources) == 1:
         output = sources[0]
     if output is None:
-        raise ValueError("nowhere to write to; give -o out.safetensors, or --in-place")
+        otherwise = "" if in_place is None else ", or --in-place"
+        raise ValueError(f"nowhere to write to; give -o out.safetensors{otherwise}")
     if not in_place and any(output.resolve() == source.resolve() for source in sources):
-        raise ValueError(f"{output} is an input; give another path to -o, or say --in-place")
+        otherwise = "" if in_place is None else ", or say --in-place"
+        raise ValueError(f"{output} is an input; give another path to -o{otherwise}")
     if output.suffix not in forms:
         raise ValueError(f"{output.name} names no form to write; its name ends in {_any(forms)}")
     if not output.parent.is_dir():
         raise ValueError(f"no directory {output.parent} to write {output.name} into; create it")
     return output
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model that a checkpoint can hold.
+
+    Raises `ValueError` for one that keeps more than tensors in it (`get_extra_state`).
+    """
+    state = model.state_dict()
+    others = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(
+            f"the model's state_dict holds more than tensors, {others[0]!r}, which the commands "
+            "do not write; call the repair in Python and save the model as it is saved elsewhere"
+        )
+    return state
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -49,7 +75,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises `ValueError` for a file that is none, and for one that does not hold each of the
     model's tensors, and no others; counts of batches may be missing.
     """
-    held, wanted = read_tensors(path), model.state_dict()
+    held, wanted = read_tensors(path), tensors_of(model)
     needed = {key for key in wanted if not key.endswith("num_batches_tracked")}
     prefixes = _prefixes(held, needed)
     if not prefixes:

@@ -18,6 +18,7 @@ from batchnorm.audit.state import LayerState, State
 __all__ = ["AveragedWeights"]
 
 FIX = repair("recalibrate(averaged_model, loader)", "before it is evaluated or saved")
+FIX_FILES = repair("average(model, models, batches=loader)", "or recalibrate(model, loader)")
 
 
 class AveragedWeights(Rule):
@@ -75,7 +76,7 @@ class AveragedWeights(Rule):
                 f"γ and β differ from {reference.name}, the running statistics are its own to the "
                 f"last bit, {in_layers(paths)}",
                 paths,
-                FIX,
+                FIX_FILES,
                 layers=float(len(paths)),
             )
 

@@ -113,7 +113,8 @@ class MovedWithoutGradients(Rule):
                 f"{times} with gradients off: the model was in training mode",
                 modules=tuple(path for _, path in counts),
                 place=place,
-                fix="model.eval()  # before this line, and model.train() before training goes on",
+                fix="model.eval()  # before this line, and model.train() before training goes on; "
+                "or within batchnorm.frozen_statistics(model)",
                 layers=float(len(counts)),
                 passes=float(passes),
             )

@@ -76,7 +76,7 @@ class NoisyStatistics(Rule):
                 paths,
                 repair(
                     "convert(model, to=batchnorm.Renorm())",
-                    'or larger batches; freeze(model) when fine-tuning; to="group_norm"',
+                    "or rematerialize(model) and larger batches; freeze(model) when fine-tuning",
                 ),
                 noise=worst.value,
                 error=worst.error,

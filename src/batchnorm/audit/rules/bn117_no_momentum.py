@@ -85,7 +85,8 @@ class NoMomentum(Rule):
                 f"momentum {momentum:g}: the running statistics are nearly the last batch's, "
                 f"{in_layers(paths)}",
                 paths,
-                f"momentum={1 - momentum:.3g}, if it was meant as the share that is kept",
+                f"momentum={1 - momentum:.3g}, if it was meant as the share that is kept, as "
+                "batchnorm.port takes it from other frameworks",
                 is_guess=True,
                 momentum=momentum,
             )
