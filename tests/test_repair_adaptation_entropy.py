@@ -1,7 +1,10 @@
 import copy
 import math
+from collections import OrderedDict, UserDict
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -326,3 +329,61 @@ def test_numbers_out_of_range_are_refused():
     for wrong in ({"lr": -1.0}, {"steps": 0}, {"cap": math.nan}, {"window": 0}, {"collapse": 0.0}):
         with pytest.raises(ValueError, match=f"Entropy needs .*{next(iter(wrong))}"):
             Entropy(**wrong)
+
+
+@dataclass
+class ModelOutput(OrderedDict):
+    """An answer by name, by attribute and by place, as Hugging Face's models give it."""
+
+    logits: torch.Tensor
+    hidden: tuple[torch.Tensor, ...] = ()
+
+    def __post_init__(self):
+        for field in ("logits", "hidden"):
+            OrderedDict.__setitem__(self, field, getattr(self, field))
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        super().__setattr__(key, value)
+
+    def __reduce__(self):
+        make, _, *rest = super().__reduce__()
+        return make, (self.logits, self.hidden), *rest
+
+
+class Answers(UserDict):
+    """A mapping that is no dict, with an attribute of its own."""
+
+    language = "sv"
+
+
+def _by_name(model, x):
+    return ModelOutput(model(x), (x + model[1].bias[0],))
+
+
+def _in_a_mapping(model, x):
+    answers = Answers({"logits": model(x)})
+    answers.language = "fi"
+    return answers
+
+
+def test_answers_keep_their_type_and_their_attributes():
+    x = batch()
+    want = adapt(network(), **BATCH, entropy=Entropy())(x)
+    answers = adapt(network(), **BATCH, entropy=Entropy(), forward=_by_name)(x)
+    assert type(answers) is ModelOutput
+    assert list(answers) == ["logits", "hidden"]
+    assert answers.logits is answers["logits"]
+    assert answers.hidden[0] is answers["hidden"][0]
+    assert torch.equal(answers.logits, want)
+    assert not answers.logits.requires_grad
+    assert not answers.hidden[0].requires_grad
+    mapping = adapt(network(), **BATCH, entropy=Entropy(), forward=_in_a_mapping)(x)
+    assert type(mapping) is Answers
+    assert mapping.language == "fi"
+    assert torch.equal(mapping["logits"], want)
+    proxy = adapt(
+        network(), **BATCH, entropy=Entropy(),
+        forward=lambda model, x: MappingProxyType({"logits": model(x)}),
+    )(x)  # fmt: skip
+    assert torch.equal(proxy["logits"], want)  # which cannot be copied

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,7 +30,8 @@ def with_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, Tensor):
         return change(batch)
     if isinstance(batch, Mapping):
-        return {key: with_tensors(value, change) for key, value in batch.items()}
+        items = {key: with_tensors(value, change) for key, value in batch.items()}
+        return _like(batch, items)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a named tuple
         return type(batch)(*(with_tensors(value, change) for value in batch))
     if isinstance(batch, (tuple, list)):
@@ -62,6 +65,16 @@ def set_training(model: nn.Module) -> None:
     """Training mode where nobody chose otherwise."""
     if not any(module.training for module in model.modules()):
         model.train()
+
+
+def _like(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
+    """The items in a mapping of the same class, with its attributes, where it can be copied."""
+    if type(mapping) is dict or not isinstance(mapping, (dict, UserDict)):
+        return items
+    changed = copy(mapping)
+    for key, value in items.items():  # one by one: a class may keep attributes by them
+        changed[key] = value
+    return changed
 
 
 def _is_dataclass(value: Any) -> bool:
