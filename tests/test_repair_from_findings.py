@@ -201,7 +201,7 @@ def test_deployment_s_shift_is_taken_up_by_the_adaptation_that_is_suggested():
     model.eval()
     at_home, before = model[:2](images(64)).mean(), model[:2](there[0]).mean()
     exec(fix, {"model": model})  # noqa: S102 - as pasted
-    after = model[:2](there[0]).mean()
+    after = [model[:2](batch) for batch in there][-1].mean()  # it remembers the stream
     assert (after - at_home).abs() < (before - at_home).abs() * 0.7  # the cap holds it
 
 
