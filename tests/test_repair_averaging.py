@@ -111,14 +111,14 @@ def test_what_all_models_agree_on_keeps_its_bits(dtype):
     model, one = make(BatchNorm1d).to(dtype), trained(3, BatchNorm1d).to(dtype)
     one.register_buffer("causal", torch.tensor([0.0, -torch.inf]))
     model.register_buffer("causal", torch.zeros(2))
-    average(model, [one, copy.deepcopy(one), one], weights=[0.1, 0.2, 0.7])
+    average(model, [one, copy.deepcopy(one), copy.deepcopy(one)], weights=[0.1, 0.2, 0.7])
     assert_same_bits(model, state(one))
 
 
 def test_variances_that_agree_are_not_even_rounded():
     model, one = nn.BatchNorm1d(1000).double(), nn.BatchNorm1d(1000).double()
     one.running_var.uniform_(0.1, 7)
-    average(model, [one, one, one], weights=[0.3, 1.1, 0.5])
+    average(model, (one for _ in "abc"), weights=[0.3, 1.1, 0.5])
     assert torch.equal(model.running_var, one.running_var)
 
 
@@ -182,6 +182,98 @@ def test_an_averaged_model_goes_on_from_there():
     twice = AveragedModel(make())
     average(twice, [averaged, trained(9)], weights=[3, 1])
     assert twice.n_averaged.item() == 4
+
+
+def test_averaged_models_stand_for_as_many_as_went_into_them():
+    models = [trained(seed).double() for seed in range(7)]
+    averaged = AveragedModel(make().double())
+    for model in models[:5]:
+        averaged.update_parameters(model)
+    average(averaged, [averaged, models[5]])
+    assert averaged.n_averaged.item() == 6
+    averaged.update_parameters(models[6])
+    assert averaged.n_averaged.item() == 7
+    for name, parameter in averaged.module.named_parameters():
+        torch.testing.assert_close(parameter, sum(m.get_parameter(name) for m in models) / 7)
+    plain = make().double()
+    result = average(plain, [averaged, models[0]])  # weighs them in a model that counts nothing too
+    torch.testing.assert_close(
+        plain[0].weight, (7 * averaged.module[0].weight + models[0][0].weight) / 8
+    )
+    mean, var = mixture(
+        [averaged.module[1].running_mean, models[0][1].running_mean],
+        [averaged.module[1].running_var, models[0][1].running_var],
+        [7, 1],
+    )
+    np.testing.assert_allclose(plain[1].running_mean, mean)
+    np.testing.assert_allclose(plain[1].running_var, var)
+    assert result.models == 2
+
+
+def one_by_one(net, seeds, answer=lambda net: net):
+    """One network, loaded again and again."""
+    for seed in seeds:
+        net.load_state_dict(trained(seed).state_dict())
+        yield answer(net)
+
+
+@pytest.mark.parametrize("answer", [lambda net: net, lambda net: net.state_dict()])
+def test_a_generator_may_load_all_into_one_network(answer):
+    want, model = make(), make()
+    average(want, [trained(seed) for seed in range(3)])
+    average(model, one_by_one(make(), range(3), answer))
+    assert_same_bits(model, state(want))
+
+
+def test_a_generator_may_load_all_into_the_model_that_is_given_the_average():
+    want, model = make(), trained(9)
+    before = state(model)
+    average(want, [trained(seed) for seed in range(3)])
+    result = average(model, one_by_one(model, range(3)))
+    assert_same_bits(model, state(want))
+    result.undo()
+    assert_same_bits(model, before)
+
+    def missing(net):
+        yield from one_by_one(net, range(2))
+        raise FileNotFoundError("2.pt")
+
+    with pytest.raises(FileNotFoundError):
+        average(model, missing(model))
+    assert_same_bits(model, before)
+
+
+def test_a_generator_of_averaged_models_keeps_what_each_stands_for():
+    def counting(net):
+        for seed, number in enumerate((4, 2)):
+            net.module.load_state_dict(trained(seed).state_dict())
+            net.n_averaged.fill_(number)
+            yield net
+
+    model = AveragedModel(make())
+    average(model, counting(AveragedModel(make())))
+    assert model.n_averaged.item() == 6
+    want = (2 * trained(0)[0].weight + trained(1)[0].weight) / 3
+    torch.testing.assert_close(model.module[0].weight, want)
+
+
+@pytest.mark.parametrize("answer", [lambda net: net, lambda net: net.state_dict()])
+def test_one_network_that_is_in_a_list_twice_is_refused(answer):
+    model, net = trained(5), make()
+    before = state(model)
+    models = [trained(8), *one_by_one(net, range(2), answer)]
+    with pytest.raises(ValueError, match=r"models\[2\] is models\[1\]: .* pass copies"):
+        average(model, models)
+    assert_same_bits(model, before)
+
+
+def test_models_may_share_a_backbone():
+    models = [trained(seed) for seed in range(2)]
+    models[1][0] = models[0][0]
+    model = make()
+    average(model, models)
+    assert torch.equal(model[0].weight, models[0][0].weight)
+    torch.testing.assert_close(model[2].weight, (models[0][2].weight + models[1][2].weight) / 2)
 
 
 def test_layers_of_any_kind_that_keep_statistics():

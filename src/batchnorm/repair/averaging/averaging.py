@@ -8,7 +8,7 @@ moments, or estimated again for the averaged weights, with which nobody has seen
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ def average(
 
     ```python
     average(model, checkpoints)                                # SWA
+    average(model, (torch.load(path) for path in paths))       # one by one
     average(model, clients, weights=[1200, 80, 640])           # federated: samples of each
     average(ema, [ema, model], weights=[0.999, 0.001])         # a step of EMA
     average(model, checkpoints, batches=loader)                # statistics estimated again
@@ -60,21 +61,26 @@ def average(
     same batches, and what is scheduled by it goes on without a jump. Sums are float64 and rounded
     once, to the dtypes of `model`, whose parameters stay the same objects.
 
+    A `torch.optim.swa_utils.AveragedModel` stands for the `n_averaged` models that went into it,
+    any other model for one. By that they are weighed where neither `weights` nor `counts` are
+    given; an exponential average remembers fewer models than it counts, so give it weights.
+
     - `model`: receives the average; may be one of `models`. The `n_averaged` of an
-      `torch.optim.swa_utils.AveragedModel` becomes their number, from which its
-      `update_parameters` goes on. Wrappers' prefixes ("module.") are seen through.
-    - `models`: modules or state_dicts with the same names and shapes.
-    - `weights`: wᵢ, in any proportion; None: as `counts`, or all alike.
-    - `counts`: nᵢ, for how much data each model's statistics stand; None: as `weights`, or all
-      alike.
+      `AveragedModel` becomes the number of models that all of them stand for together, from which
+      its `update_parameters` goes on. Wrappers' prefixes ("module.") are seen through.
+    - `models`: modules or state_dicts with the same names and shapes, which share no memory; or a
+      generator, which may load one checkpoint after the other into one network.
+    - `weights`: wᵢ, in any proportion; None: as `counts`, or what each model stands for.
+    - `counts`: nᵢ, for how much data each model's statistics stand; None: as `weights`, or what
+      each model stands for.
     - `batches`: data to estimate the statistics again with, as `recalibrate` takes them.
     - `forward`: how to call the model with one of them.
 
     Returns how far the models' statistics lie from the merged ones; its `undo()` takes all back.
 
-    Raises `ValueError` for no models, names or shapes that do not match, numbers that are not
-    finite and weights that make no average, `TypeError` for what is neither a model nor a
-    state_dict. Whatever is raised, the model is what it was.
+    Raises `ValueError` for no models, one that is there twice, names or shapes that do not match,
+    numbers that are not finite and weights that make no average, `TypeError` for what is neither
+    a model nor a state_dict. Whatever is raised, the model is what it was.
 
     Source: Izmailov et al. 2018, "Averaging weights leads to wider optima and better
     generalization", section 3.2, and its algorithm 1 for the statistics; McMahan et al. 2017,
@@ -82,23 +88,17 @@ def average(
     Chan, Golub & LeVeque 1979, eq. 2.1, for the merging.
     """
     into = State.of(model, "model")
-    parts = checked_states(models, into)
-    shares = _shares(counts if weights is None else weights, len(parts), "weights")
-    numbers = _shares(weights if counts is None else counts, len(parts), "counts")
-    merged = {path: _merge(path, into, parts, numbers) for path in into.statistics()}
-    values: dict[str, Tensor] = {}
-    for path, layer in merged.items():
-        for name, value in ((path + "running_mean", layer.mean), (path + "running_var", layer.var)):
-            values[name] = _rounded(name, value, into.tensors[name])
-    for name, tensor in into.tensors.items():
-        if name not in values:
-            held = [part.tensors[name].detach() for part in parts]
-            values[name] = _average(name, tensor, held, shares)
-    changes = [(tensor, values[name]) for name, tensor in into.tensors.items()]
-    if into.n_averaged is not None:
-        changes.append((into.n_averaged, torch.tensor(sum(part.stands_for for part in parts))))
-    before = [(tensor, tensor.detach().clone()) for tensor, _ in changes]
-    with undone_on_failure(model, parameters=True):
+    before = [(tensor, tensor.detach().clone()) for tensor in into.everything()]
+    with undone_on_failure(model, parameters=True):  # models may load checkpoints into it
+        parts = checked_states(models, into)
+        numbers = [part.stands_for for part in parts]
+        by_weight, by_count = _given("weights", weights, parts), _given("counts", counts, parts)
+        shares = _shares(by_weight or by_count or numbers)
+        counted = _shares(by_count or by_weight or numbers)
+        merged = {path: _merge(path, into, parts, counted) for path in into.statistics()}
+        changes = _changes(into, parts, shares, merged)
+        if into.n_averaged is not None:
+            changes.append((into.n_averaged, torch.tensor(sum(numbers))))
         _copy(changes)
         estimated = None if batches is None else recalibrate(model, batches, forward=forward)
     layers = tuple(_measured(path, model, into, layer) for path, layer in merged.items())
@@ -160,21 +160,43 @@ class Averaging:
         return text if self.recalibration is None else f"{text}\n{self.recalibration!r}"
 
 
-def _shares(weights: Sequence[int | float] | None, models: int, what: str) -> list[float]:
-    """Each model's part of the whole."""
+def _given(
+    what: str, weights: Sequence[int | float] | None, parts: Sequence[State]
+) -> list[float] | None:
+    """The weights as numbers, checked."""
     if weights is None:
-        return [1 / models] * models
+        return None
     numbers = [float(weight) for weight in weights]
-    if len(numbers) != models:
+    if len(numbers) != len(parts):
         raise ValueError(
-            f"{what} must hold one number for each of the {models} models, got {numbers}"
+            f"{what} must hold one number for each of the {len(parts)} models, got {numbers}"
         )
-    total = sum(numbers)
-    if not (min(numbers) >= 0 and 0 < total < math.inf):
+    if not (min(numbers) >= 0 and 0 < sum(numbers) < math.inf):
         raise ValueError(
             f"{what} must be finite, at least 0 and not all 0 to make an average, got {numbers}"
         )
+    return numbers
+
+
+def _shares(numbers: Sequence[int | float]) -> list[float]:
+    """Each model's part of the whole."""
+    total = sum(numbers)
     return [number / total for number in numbers]
+
+
+def _changes(
+    into: State, parts: Sequence[State], shares: Sequence[float], merged: Mapping[str, _Merged]
+) -> list[tuple[Tensor, Tensor]]:
+    """The tensors that are averaged or merged, and their values."""
+    values: dict[str, Tensor] = {}
+    for path, layer in merged.items():
+        for name, value in ((path + "running_mean", layer.mean), (path + "running_var", layer.var)):
+            values[name] = _rounded(name, value, into.tensors[name])
+    for name, tensor in into.tensors.items():
+        if name not in values:
+            held = [part.tensors[name].detach() for part in parts]
+            values[name] = _average(name, tensor, held, shares)
+    return [(tensor, values[name]) for name, tensor in into.tensors.items()]
 
 
 class _Merged(NamedTuple):

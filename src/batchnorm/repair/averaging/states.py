@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
@@ -47,6 +47,21 @@ class State(NamedTuple):
                 )
         return _unwrapped(tensors)
 
+    def everything(self) -> list[Tensor]:
+        """All tensors, the count of an AveragedModel among them."""
+        counts = [] if self.n_averaged is None else [self.n_averaged]
+        return [*self.tensors.values(), *counts]
+
+    def copied(self) -> State:
+        """The same with tensors of its own."""
+        copies = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+        count = None if self.n_averaged is None else self.n_averaged.clone()
+        return State(copies, self.prefix, count)
+
+    def is_same(self, other: State) -> bool:
+        """Whether all of the tensors are another model's; some may be, of a common backbone."""
+        return all(_share(tensor, other.tensors[name]) for name, tensor in self.tensors.items())
+
     @property
     def stands_for(self) -> int:
         """How many models this one is the average of."""
@@ -60,16 +75,22 @@ class State(NamedTuple):
 
 
 def checked_states(models: Iterable[ModelOrState], like: State) -> list[State]:
-    """The models' tensors, with the names and shapes of `like`; at least one model."""
+    """The models' tensors, with the names and shapes of `like`; at least one model, none twice.
+
+    What comes out of a generator is copied at once, since it may load the next into the same model.
+    """
     if isinstance(models, (nn.Module, Mapping)):  # its layers, or its names
         raise TypeError(
             f"models must be several models or state_dicts, got one {type(models).__name__}; "
             "put it in a list"
         )
-    states = []
+    states: list[State] = []
     for place, model in enumerate(models):
-        states.append(State.of(model, f"models[{place}]"))
-        _check_alike(like.tensors, states[-1].tensors, f"models[{place}]")
+        state = State.of(model, f"models[{place}]")
+        _check_alike(like.tensors, state.tensors, f"models[{place}]")
+        if isinstance(models, Collection):
+            _check_apart(state, states)
+        states.append(state if isinstance(models, Collection) else state.copied())
     if not states:
         raise ValueError("average needs at least one model, got none")
     return states
@@ -102,6 +123,22 @@ def _check_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor], what: str) 
     ]
     if odd:
         raise ValueError(f"{what} has {_some(odd)}; average models of one architecture")
+
+
+def _check_apart(state: State, others: Sequence[State]) -> None:
+    """Refuse a model that is there already: of one that was loaded again only the last is left."""
+    for place, other in enumerate(others):
+        if state.is_same(other):
+            raise ValueError(
+                f"models[{len(others)}] is models[{place}]: they share all their tensors, as the "
+                "state_dicts of one network do; pass copies (copy.deepcopy), or a generator that "
+                "loads one after the other; to count a model twice, weigh it with weights="
+            )
+
+
+def _share(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape lie in the same memory."""
+    return one is other or one.data_ptr() == other.data_ptr() != 0
 
 
 def _some(names: list[str]) -> str:
