@@ -13,6 +13,7 @@ from torch import nn
 import oracle
 from batchnorm import BatchNorm1d, BatchNorm2d, Ghost, Renorm, Running
 from batchnorm.repair.adaptation import Cap, adapt
+from batchnorm.repair.freezing import freeze
 from strategies import tensors
 
 FREE = {"cap": None}
@@ -370,6 +371,27 @@ def test_a_copy_of_the_model_goes_on_by_itself(copied):
     clone, handle = copied((model, adaptation))
     handle.remove()
     assert torch.equal(clone(batches[0]), network()(batches[0]))
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, BatchNorm1d])
+@pytest.mark.parametrize("frozen_first", [True, False])
+def test_frozen_layers_are_adapted_in_eval_mode_alone(kind, frozen_first):
+    model, x = nn.Sequential(source(kind(3))), torch.randn(32, 3) + 4
+    want = model(x).detach()
+    if frozen_first:
+        freeze(model)
+        adaptation = adapt(model)
+    else:
+        adaptation = adapt(model)
+        freeze(model)
+    model.train()
+    torch.testing.assert_close(model(x), want)  # with the running statistics, as frozen
+    assert adaptation.layers[0].samples == 0
+    with pytest.raises(ValueError, match="'0' is in training mode"):
+        adaptation(x)
+    model.eval()
+    assert (adaptation(x) - want).abs().max() > 0.1
+    assert adaptation.layers[0].samples == 32
 
 
 def test_training_goes_on_as_ever():

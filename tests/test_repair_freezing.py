@@ -339,6 +339,20 @@ def test_as_a_context_it_is_undone(norm):
     assert_same_state(everything(model), before)
 
 
+def test_an_undoing_that_is_refused_undoes_nothing():
+    model = network()
+    freezing = freeze(model)
+    parametrize.register_parametrization(model[4], "weight", nn.Softplus())
+    frozen = everything(model)
+    with pytest.raises(TypeError, match="was derived from a frozen layer's class"):
+        freezing.undo()
+    assert_same_state(everything(model), frozen)
+    parametrize.remove_parametrizations(model[4], "weight")
+    freezing.undo()
+    assert [type(model[place]) for place in (1, 4)] == [nn.BatchNorm2d] * 2
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_undoing_keeps_what_was_learned():
     layer = nn.BatchNorm1d(3)
     freezing = freeze(layer, updates=True)

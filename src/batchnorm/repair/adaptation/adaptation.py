@@ -22,6 +22,7 @@ from batchnorm.repair.adaptation.statistics import (
     CurrentStream,
     LayerDrift,
     Settings,
+    trains,
 )
 from batchnorm.repair.table import table
 
@@ -65,8 +66,8 @@ def adapt(
 
     Hooks move each layer's input and nothing else: without `entropy` the state_dict stays the same
     bits, whatever happens. A sample is what dimension 0 of a layer's input counts. In training mode
-    nothing is adapted. A batch with a NaN or an infinity is normalized with what was known before
-    it, and not remembered.
+    nothing is adapted, be it frozen or not. A batch with a NaN or an infinity is normalized with
+    what was known before it, and not remembered.
 
     With `memory` an answer depends on what came before. Where the classes come sorted, that is
     harmful: the statistics follow the class, the more the smaller `prior` and `memory` are. The
@@ -137,10 +138,11 @@ class Adaptation:
         gradients where they moved. A batch that fails has not been: the stream, γ and β are what
         they were.
 
-        Raises `ValueError` for layers in training mode, which normalize with the batch anyhow;
-        with entropy also for logits that have none, and for a single sample without memory.
+        Raises `ValueError` for layers in training mode, which normalize with the batch anyhow, or
+        are frozen; with entropy also for logits that have none, and for a single sample without
+        memory.
         """
-        training = [path for path, norm in self._norms.items() if norm.training]
+        training = [path for path, norm in self._norms.items() if trains(norm)]
         if training:
             raise ValueError(
                 f"adaptation is for inference, and {training[0]!r} is in training mode, with "

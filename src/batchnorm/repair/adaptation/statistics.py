@@ -22,7 +22,7 @@ from batchnorm.kernels import accumulator, compute_dtype
 from batchnorm.models.norms import TorchBatchNorm
 from batchnorm.moments import Moments
 
-__all__ = ["MAIN", "AdaptedLayer", "Cap", "CurrentStream", "LayerDrift", "Settings"]
+__all__ = ["MAIN", "AdaptedLayer", "Cap", "CurrentStream", "LayerDrift", "Settings", "trains"]
 
 MAIN = "main"
 
@@ -148,7 +148,7 @@ class AdaptedLayer:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The arguments with the input moved; None, as they are, where nothing is adapted."""
         x: Any = args[0] if args else kwargs.get("input")
-        if layer.training or not _is_input(x, layer):  # the layer says why not
+        if trains(layer) or not _is_input(x, layer):  # the layer says why not
             return None
         _check_eager()
         moved = self._moved(layer, x, kwargs.get("mask"))
@@ -243,6 +243,11 @@ class AdaptedLayer:
                 "mean, so that every output would be β: adapt with a prior or a memory, or with "
                 "larger batches"
             )
+
+
+def trains(layer: TorchBatchNorm) -> bool:
+    """Whether a layer is in training mode; `training` of a frozen one of torch.nn's says never."""
+    return bool(vars(layer)["training"])
 
 
 def mixed(

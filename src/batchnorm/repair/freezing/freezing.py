@@ -33,17 +33,23 @@ class Freezing:
     """What `freeze` did. As a context it undoes that at its end.
 
     - `layers`: the layers.
-    - `parameters`: the names of the γs and βs that learned before and no longer do.
+    - `parameters`: the names of the γs and βs that learned before and no longer do, each once:
+      not how many there are, as in a `Conversion`.
     """
 
     layers: tuple[Frozen, ...]
     parameters: tuple[str, ...]
+    _model: nn.Module
     _earlier: tuple[Earlier, ...]
 
     def undo(self) -> None:
-        """Give the layers the switches back that they had; what was learned since stays."""
-        for earlier in self._earlier:
-            earlier.put_back()
+        """Give the layers the switches back that they had; what was learned since stays.
+
+        Raises `TypeError` where a layer's class has been replaced since. Then nothing is changed.
+        """
+        with _undone_on_failure(self._model, (earlier.layer for earlier in self._earlier)):
+            for earlier in self._earlier:
+                earlier.put_back()
 
     def __enter__(self) -> Freezing:
         return self
@@ -127,7 +133,7 @@ def freeze(
         for (path, layer), each in zip(layers.items(), earlier, strict=True)
     )
     parameters = (name for name, parameter in learned.items() if not parameter.requires_grad)
-    return Freezing(tuple(frozen), tuple(parameters), earlier)
+    return Freezing(tuple(frozen), tuple(parameters), model, earlier)
 
 
 def unfreeze(model: nn.Module, *, where: Where = None) -> tuple[str, ...]:

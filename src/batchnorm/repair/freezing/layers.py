@@ -57,14 +57,14 @@ class Earlier:
 
     def __init__(self, layer: TorchBatchNorm) -> None:
         self.switches = Switches.of(layer)
-        self._layer, self._was_frozen, self._learned = layer, is_frozen(layer), learning(layer)
+        self.layer, self._was_frozen, self._learned = layer, is_frozen(layer), learning(layer)
 
     def put_back(self) -> None:
         """Make the switches what they were."""
-        thaw(self._layer)
+        thaw(self.layer)
         if self._was_frozen:
-            freeze_layer("", self._layer, self.switches)
-        for name, parameter in self._layer.named_parameters():
+            freeze_layer("", self.layer, self.switches)
+        for name, parameter in self.layer.named_parameters():
             parameter.requires_grad_(self._learned.get(name, True))
 
 
