@@ -92,3 +92,85 @@ def test_parameters_values_are_put_back_only_where_asked():
         model.weight.zero_()
     was.restore()
     assert model.weight.tolist() == [[0, 0], [0, 0]]
+
+
+def with_buffers(**buffers):
+    model = nn.BatchNorm1d(3)
+    for name, buffer in buffers.items():
+        model.register_buffer(name, buffer)
+    return model
+
+
+def fails_within(model, action):
+    """The user's own error comes out, whatever happens when the model is put back."""
+
+    def fails():
+        with undone_on_failure(model):
+            action()
+            raise LookupError("on purpose")
+
+    with pytest.raises(LookupError, match="on purpose"):
+        fails()
+
+
+def test_buffers_that_cannot_be_written_are_left_alone_where_nobody_wrote_them():
+    model = with_buffers(
+        expanded=torch.tensor([torch.nan]).expand(3),
+        sparse=torch.eye(3).to_sparse(),
+        signs=torch.tensor([-0.0, torch.nan]),
+        complex=torch.full((2,), 1j, dtype=torch.complex128),
+        empty=torch.zeros(0, 3),
+    )
+    with torch.inference_mode():
+        model.register_buffer("inference", torch.arange(3.0))
+    version = model.expanded._version, model.signs._version
+    fails_within(model, lambda: model(torch.randn(4, 3)))
+    assert model.running_mean.tolist() == [0, 0, 0]
+    assert model.num_batches_tracked == 0
+    assert (model.expanded._version, model.signs._version) == version
+
+
+def test_expanded_buffers_that_a_pass_wrote_come_back():
+    model = with_buffers(running_mean=torch.zeros(1).expand(3), table=torch.ones(1, 3).expand(2, 3))
+    with left_as_it_was(model):
+        model(torch.randn(4, 3) + 5)
+        model.table[0] = torch.tensor([7.0, 8.0, 9.0])
+        assert model.running_mean[0] > 1
+    assert model.running_mean.tolist() == [0, 0, 0]
+    assert model.running_mean.stride() == (0,)
+    assert model.table.tolist() == [[1, 1, 1]] * 2
+
+
+def test_values_come_back_bit_by_bit():
+    model = with_buffers(signs=torch.tensor([-0.0, torch.nan]), flags=torch.tensor([True, False]))
+    with left_as_it_was(model):
+        model.signs.copy_(torch.tensor([0.0, 1.0]))
+        model.flags.logical_not_()
+    assert torch.signbit(model.signs).tolist() == [True, False]
+    assert model.signs[1].isnan()
+    assert model.flags.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_models_built_in_inference_mode_come_back(inside):
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    model.append(nn.BatchNorm1d(3))  # a usual one
+    before = as_numbers(model)
+    with torch.inference_mode(inside), left_as_it_was(model), torch.inference_mode():
+        model(torch.randn(4, 3) + 5)
+        assert as_numbers(model) != before
+    assert as_numbers(model) == before
+
+
+def test_a_tensor_that_cannot_be_written_does_not_stop_the_others():
+    model = with_buffers(odd=torch.zeros(4))
+    model.running_mean.data = torch.zeros(5)
+
+    def changes():
+        model.running_mean.data = torch.ones(7)
+        model.odd.fill_(1)
+
+    with pytest.warns(RuntimeWarning, match=r"1 tensors .* The first of shape \(5,\)"):
+        fails_within(model, changes)
+    assert model.odd.tolist() == [0] * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ class Snapshot:
     """What a model is: classes, modes, attributes, buffers; and its parameters' values if asked.
 
     Attributes are put back as they were bound, and lists, dictionaries and sets with what they
-    held; what other objects changed inside themselves is theirs.
+    held; what other objects changed inside themselves is theirs. Of tensors those are written
+    whose values changed, in inference mode where they are from there.
 
     - `parameters`: keep the parameters' values too, which takes their memory once more.
     """
@@ -36,7 +38,7 @@ class Snapshot:
         self._values = [(t, t.detach().clone()) for t in tensors if not is_lazy(t)]
 
     def restore(self) -> None:
-        """Make the model what it was."""
+        """Make the model what it was; warn at last of tensors that cannot be written."""
         for module, kind in self._classes:
             if type(module) is not kind:
                 module.__class__ = kind
@@ -47,9 +49,20 @@ class Snapshot:
             _put_back(container, held)
         for module, training in self._modes.items():
             module.training = training
-        with torch.no_grad():
-            for tensor, values in self._values:
-                tensor.copy_(values)
+        lost = []
+        for tensor, values in self._values:
+            try:
+                if not _same_bits(tensor, values):
+                    _write(tensor, values)
+            except RuntimeError as error:  # the others can be put back all the same
+                lost.append(f"{tuple(values.shape)}: {error}")
+        if lost:
+            warnings.warn(
+                f"{len(lost)} tensors of the model keep the values that they were given, since "
+                f"they cannot be written. The first of shape {lost[0]}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 @contextmanager
@@ -88,12 +101,33 @@ def repeatable(model: nn.Module) -> Callable[[], None]:
 
 
 _SCRIPTED = torch.jit.ScriptModule
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _CONTAINERS = (dict, OrderedDict, list, set)
 
 
 def _devices(model: nn.Module) -> list[int]:
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     return sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
+
+
+def _same_bits(tensor: Tensor, values: Tensor) -> bool:
+    """Whether a tensor holds these values, NaNs and signs of zeros included."""
+    if type(tensor) not in (Tensor, nn.Parameter):  # distributed ones would ask all ranks
+        return False
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+        return False
+    kind = _BITS.get(tensor.element_size(), tensor.dtype)
+    return tensor.dtype == values.dtype and torch.equal(tensor.view(kind), values.view(kind))
+
+
+def _write(tensor: Tensor, values: Tensor) -> None:
+    """Give a tensor the values that it had."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        if tensor.layout is torch.strided and 0 in tensor.stride():
+            # expanded: all along such a dimension lie in one place, which is written once
+            once = tuple(slice(None if stride else 1) for stride in tensor.stride())
+            tensor, values = tensor[once], values[once]
+        tensor.copy_(values)
 
 
 def _put_back(container: Any, held: Any) -> None:
