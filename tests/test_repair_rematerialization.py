@@ -449,6 +449,25 @@ def test_a_forward_pass_that_was_broken_off_leaves_no_hooks(stopped, lasting):
     assert observer.notify is None
 
 
+def test_the_pass_after_one_that_was_broken_off_keeps_no_outputs():
+    model, x = chain(), images()
+    handle = rematerialize(model)
+    breaking = model[-1].register_forward_pre_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    breaking.remove()
+    kept = storages_of_outputs(model)
+    loss = model(x).sum()
+    assert len(kept) == 4
+    assert all(storage.expired() for storage in kept)
+    handle.remove()
+    loss.backward()
+
+
+def interrupted(module, inputs):
+    raise KeyboardInterrupt
+
+
 def test_nothing_outlives_a_pass_but_what_the_graph_keeps():
     model, x = chain(), images()
     rematerialize(model)

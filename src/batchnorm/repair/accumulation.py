@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from batchnorm.functional import moments, track
 from batchnorm.layers import BatchNorm
 from batchnorm.models.compiled import original
+from batchnorm.models.frames import is_running
 from batchnorm.models.norms import TorchBatchNorm, batch_norms
 from batchnorm.models.snapshot import undone_on_failure
 from batchnorm.moments import Moments
@@ -169,7 +170,7 @@ class Accumulation:
     @_in_python
     def _begin(self, model: nn.Module, inputs: Any) -> None:
         # PyTorch does not tell of a forward that Ctrl-C ended
-        self._forwards = [frame for frame in self._forwards if _is_running(frame)]
+        self._forwards = [frame for frame in self._forwards if is_running(frame)]
         if not self._forwards:
             for layer in self._layers.values():
                 layer.calls = []
@@ -375,14 +376,6 @@ def _call_under_way() -> FrameType:
             return current
         frame = frame.f_back
     return frame
-
-
-def _is_running(frame: FrameType) -> bool:
-    """Whether a frame is on this thread's stack."""
-    current: FrameType | None = sys._getframe(1)
-    while current is not None and current is not frame:
-        current = current.f_back
-    return current is not None
 
 
 def _version(norm: TorchBatchNorm) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.functional import Normalization, again, observe_normalizations
+from batchnorm.models.frames import is_running
 
 __all__ = ["Pass", "Rematerialization", "Saved", "rematerialize"]
 
@@ -58,10 +59,11 @@ class _Running(threading.local):
     def __init__(self) -> None:
         self._begun: list[tuple[FrameType, Pass | None]] = []
 
-    def begin(self, begun: Pass | None) -> None:
-        """A pass begins; or none does, in a forward pass all the same."""
-        while self._begun and not _is_running(self._begun[-1][0]):
+    def begin(self) -> None:
+        """A pass begins; or none does, where somebody else decides what is kept."""
+        while self._begun and not is_running(self._begun[-1][0]):
             self.end()
+        begun = None if _is_taken() else Pass()  # not by what was left behind, which ended
         if begun is not None:
             begun.__enter__()
         self._begun.append((sys._getframe(2), begun))  # of the module's call
@@ -112,7 +114,7 @@ class Rematerialization:
 
     def _begin(self, model: nn.Module, inputs: Any) -> None:
         if not torch.compiler.is_compiling():  # a compiler decides itself what to compute again
-            self._running.begin(None if _is_taken() else Pass())
+            self._running.begin()
 
     def _end(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -126,14 +128,6 @@ def _is_taken() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
-
-
-def _is_running(frame: FrameType) -> bool:
-    """Whether a frame is on this thread's stack."""
-    current: FrameType | None = sys._getframe(1)
-    while current is not None and current is not frame:
-        current = current.f_back
-    return current is not None
 
 
 _INGREDIENTS = ("x", "residual", "mask", "weight", "bias")  # those of a Normalization
