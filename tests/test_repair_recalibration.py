@@ -188,7 +188,17 @@ def test_masked_elements_do_not_count(upstream):
     mean, var = pooled(rows)
     np.testing.assert_allclose(model.norm.running_mean, mean, rtol=1e-5)
     np.testing.assert_allclose(model.norm.running_var, var, rtol=1e-5)
-    assert model.after.running_mean.isfinite().all()
+    after = []
+    with torch.no_grad():
+        for seen in rows:
+            own = pooled([seen])[0], seen.double().var(0, correction=0).numpy()
+            mean, var = own if upstream == "batch" else pooled(rows)
+            normalized = (seen.double().numpy() - mean) / np.sqrt(var + 1e-5)
+            weight, bias = model.embed.weight[:, :, 0].double(), model.embed.bias.double()
+            after.append(torch.from_numpy(normalized) @ weight.T + bias)
+    mean, var = pooled(after)
+    np.testing.assert_allclose(model.after.running_mean, mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model.after.running_var, var, rtol=1e-5)
 
 
 @pytest.mark.parametrize("upstream", UPSTREAMS)
@@ -309,6 +319,22 @@ def test_it_reads_as_a_table():
     ]
 
 
+def test_the_model_itself_is_called_so():
+    x = torch.tensor([[3.0], [5.0]])
+    text = repr(recalibrate(nn.BatchNorm1d(1, eps=1e-12), [x]))
+    assert text.splitlines()[2] == "  the model  4 σ         4 σ      ×1.41  ×1.41"
+
+
+def test_a_model_built_in_inference_mode():
+    with torch.inference_mode():
+        model = plain()
+    twin, batches = plain(), images(4, 3)
+    twin.load_state_dict(model.state_dict())
+    for net in (model, twin):
+        recalibrate(net, batches)
+    assert values(model) == values(twin)
+
+
 def test_undo_puts_the_former_statistics_back():
     model = plain()
     model.train()(torch.randn(4, 3, 6, 6))
@@ -331,17 +357,16 @@ def test_broken_statistics_are_repaired():
 
 @pytest.mark.parametrize("upstream", UPSTREAMS)
 def test_no_batches_and_no_calls_are_refused(upstream):
-    model, numbers = plain(), values(plain())
+    model = plain()
+    numbers = values(model)
     spent = iter(images(4))
     list(spent)
     for empty in ([], spent):
         with pytest.raises(ValueError, match="at least one batch, got none"):
             recalibrate(model, empty, upstream=upstream)
-    assert values(model, ("weight", "bias")) == {
-        k: v for k, v in numbers.items() if not k.endswith(("weight", "bias"))
-    }
     with pytest.raises(ValueError, match=r"none of the layers \['norm3', .* was called with the 2"):
         recalibrate(model, images(4, 3), forward=lambda model, x: x, upstream=upstream)
+    assert values(model) == numbers
 
 
 @pytest.mark.parametrize("upstream", UPSTREAMS)
@@ -375,14 +400,29 @@ def test_tensors_without_values_are_refused():
         recalibrate(nn.BatchNorm2d(3, device="meta"), images(4))
 
 
-def test_buffers_too_narrow_for_the_data_are_refused():
+@pytest.mark.parametrize("upstream", UPSTREAMS)
+def test_buffers_too_narrow_for_the_data_are_refused(upstream):
     model = nn.BatchNorm1d(1, dtype=torch.float16)
-    x = torch.tensor([[-600.0], [600.0]], dtype=torch.float16)
-    with pytest.raises(ValueError, match=r"variance up to 7.2e\+05 exceed what torch.float16"):
-        recalibrate(model, [x])
+    x = torch.tensor([[-250.0], [250.0]], dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"^'the model': .* variance up to 1.25e\+05 exceed what"):
+        recalibrate(model, [x], upstream=upstream)
     ours = BatchNorm1d(1).half()  # keeps float32
     recalibrate(ours, [x])
-    assert ours.running_var.item() == 720_000
+    assert ours.running_var.item() == 125_000
+
+
+@pytest.mark.parametrize("upstream", UPSTREAMS)
+def test_a_batch_too_wide_for_half_precision_does_not_reach_the_next_layer(upstream):
+    model = nn.Sequential(nn.BatchNorm1d(1), nn.BatchNorm1d(1)).half()
+    narrow, wide = (torch.tensor([[-a], [a]]).half() for a in (1.0, 400.0))
+    numbers = values(model)
+    with pytest.raises(ValueError, match=r"'0'.* exceed what torch.float16 buffers hold"):
+        recalibrate(model, [narrow, wide], upstream=upstream)
+    assert values(model) == numbers
+    recalibrate(model, [narrow, narrow / 100], upstream=upstream)
+    mean, var = pooled([narrow, narrow / 100])
+    assert model[0].running_mean.item() == mean.item() == 0
+    assert model[0].running_var.item() == pytest.approx(var.item(), rel=1e-3)
 
 
 def test_channels_elsewhere_are_refused():

@@ -1,10 +1,15 @@
+import copy
+from collections import UserDict
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from batchnorm import BatchNorm2d
 from batchnorm.repair.recalibration import recalibrate
-from recalibrated import far_off, images, plain, pooled
+from batchnorm.repair.rematerialization import rematerialize
+from recalibrated import far_off, images, plain, pooled, values
 
 
 def test_the_walk_ends_each_pass_at_its_layer():
@@ -70,3 +75,69 @@ def test_single_samples_are_enough_for_the_walk():
     assert far_off(model, [x]) < 1e-6
     with pytest.raises(ValueError, match=r"'1', batch 0 \(from 0\): one value per channel"):
         recalibrate(model, x.split(1))
+
+
+def test_the_walk_leaves_no_hooks_of_rematerialization_behind():
+    model, batches = plain(BatchNorm2d, act="relu"), images(4, 3)
+    recalibrate(twin := copy.deepcopy(model), batches, upstream="running")
+    with rematerialize(model):
+        recalibrate(model, batches, upstream="running")
+        assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    assert values(model) == values(twin)
+
+
+class Catches(nn.Module):
+    """Does with an exception of a part what a model might."""
+
+    def __init__(self, model, then):
+        super().__init__()
+        self.model, self.then, self.after = model, then, nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        try:
+            self.model(x)
+        except Exception as error:
+            if self.then == "another":
+                raise LookupError("it failed") from error
+            self.model.norm1(self.model.conv1(x))  # again
+        self.after(x)
+
+
+@pytest.mark.parametrize("then", ["another", "on"])
+def test_the_walk_ends_its_passes_whatever_the_model_does_about_it(then):
+    model, batches = plain(), images(4, 3)
+    catching = Catches(copy.deepcopy(model), then)
+    for each in (model, catching):
+        recalibrate(each, batches, upstream="running")
+    assert values(catching.model) == values(model)
+    np.testing.assert_allclose(catching.after.running_var, pooled(batches)[1], rtol=1e-5)
+
+
+class Fields(UserDict):
+    """A dictionary that is read by attributes too, as a tokenizer's."""
+
+    @property
+    def image(self):
+        return self["image"]
+
+
+@pytest.mark.parametrize(
+    ("wrap", "unwrap"),
+    [
+        (lambda x: x, lambda batch: batch),
+        (lambda x: [x, "label"], lambda batch: batch[0]),
+        (lambda x: Fields(image=x), lambda batch: batch.image),
+    ],
+)
+def test_batches_with_a_graph_behind_them(wrap, unwrap):
+    class Halves(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.mul_(0.5))
+
+    weight = torch.full((), 2.0, requires_grad=True)
+    batches = [wrap(x * weight) for x in images(4, 3)]
+    model = Halves(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    recalibrate(model, batches, upstream="running", forward=lambda m, batch: m(unwrap(batch)))
+    halves = [unwrap(batch).detach() / 2 for batch in batches]
+    np.testing.assert_allclose(model[0].running_mean, pooled(halves)[0], rtol=1e-5)
+    assert all(unwrap(batch).grad_fn is not None for batch in batches)

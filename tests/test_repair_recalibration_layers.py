@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from batchnorm import BatchNorm2d, DomainBatchNorm, Running, domain
+from batchnorm.repair.adaptation import adapt
+from batchnorm.repair.freezing import freeze, unfreeze
 from batchnorm.repair.recalibration import recalibrate
 from recalibrated import UPSTREAMS, conv, entering, images, plain, pooled, values
 
@@ -32,6 +36,61 @@ def test_frozen_layers_are_left_alone(freeze, upstream):
     if upstream == "running":  # the layer behind it sees what the frozen one gives
         inputs = entering(model, batches)["norm3"]
         np.testing.assert_allclose(model.norm3.running_mean, pooled(inputs)[0], atol=1e-6)
+
+
+FREEZES = {
+    "freeze": {},
+    "freeze, which learns": {"learns": True},
+    "freeze, of the batch": {"statistics": "batch"},
+    "freeze, which updates": {"updates": True},
+    "freeze, of the batch, which updates": {"statistics": "batch", "updates": True},
+}
+
+
+@pytest.mark.parametrize("upstream", UPSTREAMS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNorm2d])
+@pytest.mark.parametrize("name", FREEZES)
+def test_frozen_is_what_training_does_not_move(name, norm, training, upstream):
+    options, batches = FREEZES[name], images(4, 5)
+    model = plain(norm)
+    want = copy.deepcopy(model)
+    freeze(model, where="norm2", **options)
+    model.train(training)
+    before = values(model.norm2)
+    result = recalibrate(model, batches, upstream=upstream)
+    if options.get("updates"):
+        recalibrate(want, batches, upstream=upstream)
+        assert result.frozen == ()
+        for key, value in want.state_dict().items():
+            torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+    else:
+        assert result.frozen == ("norm2",)
+        assert values(model.norm2) == before
+    unfreeze(model)
+    assert [module.training for module in model.modules()] == [training] * 9
+
+
+def test_the_model_itself_is_frozen():
+    model = nn.BatchNorm2d(3)
+    freeze(model)
+    with pytest.raises(ValueError, match=r"is frozen \(the model, …\): by freeze\(\)"):
+        recalibrate(model, images(4))
+
+
+@pytest.mark.parametrize("upstream", UPSTREAMS)
+def test_adapted_models_are_refused(upstream):
+    model, batches = plain().eval(), images(4, 5)
+    want, numbers = copy.deepcopy(model), values(model)
+    adaptation = adapt(model, where="norm2")
+    with pytest.raises(ValueError, match=r"'norm2' is adapted .* remove\(\) the adaptation"):
+        recalibrate(model, batches, where="norm1", upstream=upstream)
+    assert values(model) == numbers
+    assert [layer.samples for layer in adaptation.layers] == [0]
+    adaptation.remove()
+    for each in (model, want):
+        recalibrate(each, batches, upstream=upstream)
+    assert values(model) == values(want)
 
 
 @pytest.mark.parametrize(

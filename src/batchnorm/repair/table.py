@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["table"]
+__all__ = ["shown", "table"]
 
 SHOWN = 12  # rows; a network has hundreds of layers
+
+
+def shown(path: str) -> str:
+    """A layer's path as people read it; that of the model itself is empty."""
+    return path or "the model"
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -21,10 +26,10 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     """
     if not rows:
         return title
-    shown = [head, *rows[:SHOWN]]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    printed = [head, *rows[:SHOWN]]
+    widths = [max(map(len, column)) for column in zip(*printed, strict=True)]
     lines = [title]
-    for row in shown:
+    for row in printed:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         lines.append("  " + "  ".join(cells).rstrip())
     if len(rows) > SHOWN:

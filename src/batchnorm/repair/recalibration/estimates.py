@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
+from batchnorm.models.calling import with_tensors
 from batchnorm.models.norms import TorchBatchNorm
 from batchnorm.moments import Moments
-from batchnorm.repair.recalibration.passes import Pass, Run, bind
+from batchnorm.repair.recalibration.passes import Pass, Run, bind, fitting
 from batchnorm.repair.recalibration.ranks import Ranks
 from batchnorm.repair.recalibration.stream import Shown, Stream
+from batchnorm.repair.table import shown
 
 __all__ = ["in_one_pass", "layer_by_layer", "population"]
 
@@ -38,7 +41,7 @@ def layer_by_layer(
     batches = list(show(stream, "Reading batches"))
 
     def run_copy(batch: object) -> None:
-        run(copy.deepcopy(batch))
+        run(_copied(batch))
 
     first = Pass(layers).over(show(batches, "Recalibrating: order of the layers"), run_copy)
     order = _order(path for part in ranks.gather(_distinct(first.paths)) for path in part)
@@ -47,7 +50,7 @@ def layer_by_layer(
         seen = first  # what enters the first layer depends on no other
         if number:
             calls = [paths.count(path) for paths in first.paths]
-            purpose = f"Recalibrating: {path}, {number + 1} of {len(order)}"
+            purpose = f"Recalibrating: {shown(path)}, {number + 1} of {len(order)}"
             seen = Pass(waiting, path, calls).over(show(batches, purpose), run_copy)
         mine = seen.moments.get(path)
         parts = ranks.gather(None if mine is None else _on_cpu(mine))
@@ -64,22 +67,25 @@ def population(
 
     Raises `ValueError` where no variance exists, or the buffers' numbers do not reach that far.
     """
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
     if (moments.count < 2).any():
         raise ValueError(
-            f"{path!r}: {int(moments.count.min())} value per channel in all batches together has "
-            "no variance; recalibrate with more samples"
+            f"{shown(path)!r}: {int(moments.count.min())} value per channel in all batches "
+            "together has no variance; recalibrate with more samples"
         )
-    mean = moments.mean.to(layer.running_mean)
-    var = moments.var(unbiased=True).to(layer.running_var)
-    if not (mean.isfinite() & var.isfinite()).all():
-        raise ValueError(
-            f"{path!r}: a mean up to {moments.mean.abs().max():.3g} and a variance up to "
-            f"{moments.var(unbiased=True).max():.3g} exceed what {var.dtype} buffers hold; keep "
-            "them in float32, as this library's layers do under .half()"
-        )
-    return mean, var
+    return fitting(repr(shown(path)), layer, moments.mean, moments.var(unbiased=True))
+
+
+def _copied(batch: Any) -> Any:
+    """A deep copy, also of tensors with a graph behind them, which `deepcopy` refuses."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    with_tensors(batch, note)
+    done: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in found}
+    return copy.deepcopy(batch, done)
 
 
 def _order(sequences: Iterable[Sequence[str]]) -> list[str]:

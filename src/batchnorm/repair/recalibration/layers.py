@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.layers import BatchNorm
 from batchnorm.models.norms import TorchBatchNorm, Where, batch_norms, is_meant
-from batchnorm.statistics import Running
+from batchnorm.repair.adaptation.statistics import AdaptedLayer
+from batchnorm.repair.freezing.layers import Switches
+from batchnorm.repair.table import shown
 
 __all__ = ["recalibrated_and_frozen"]
 
@@ -17,9 +18,11 @@ def recalibrated_and_frozen(
 ) -> tuple[dict[str, TorchBatchNorm], tuple[str, ...]]:
     """The layers to recalibrate, by path; and the paths of those that were frozen on purpose.
 
-    Raises `ValueError` where there is nothing to recalibrate, or a tensor has no values.
+    Raises `ValueError` where there is nothing to recalibrate, a tensor has no values, or a layer
+    is adapted.
     """
     _check_has_values(model)
+    _check_not_adapted(model)
     kept = {
         path: layer
         for path, layer in batch_norms(model).items()
@@ -33,10 +36,10 @@ def recalibrated_and_frozen(
         return layers, frozen
     if frozen:
         raise ValueError(
-            f"every batch norm layer meant is frozen ({', '.join(frozen[:3])}, …): in eval mode "
-            "while the model trains, with track_running_stats=False, or with statistics="
-            "Running(). Unfreeze those to be recalibrated; or call model.eval() first, where it "
-            "is a model for inference"
+            f"every batch norm layer meant is frozen ({', '.join(map(shown, frozen[:3]))}, …): by "
+            "freeze(), with track_running_stats=False, with statistics that do not move the "
+            "running ones, or in eval mode while the model trains. unfreeze() those to be "
+            "recalibrated; or call model.eval() first, where it is a model for inference"
         )
     if kept:
         raise ValueError(f"where={where!r} means none of the batch norm layers {list(kept)}")
@@ -60,11 +63,17 @@ def _trains(model: nn.Module) -> bool:
 
 def _is_frozen(layer: TorchBatchNorm, trains: bool) -> bool:
     """Whether training leaves the layer's statistics alone; γ and β are another matter."""
-    return (
-        not layer.track_running_stats
-        or (isinstance(layer, BatchNorm) and isinstance(layer.statistics, Running))
-        or (trains and not layer.training)
-    )
+    return not Switches.of(layer).updates or (trains and not layer.training)
+
+
+def _check_not_adapted(model: nn.Module) -> None:
+    """Adapted layers move their inputs by what they remember, and would remember the batches."""
+    for path, layer in batch_norms(model).items():
+        if any(isinstance(hook, AdaptedLayer) for hook in layer._forward_pre_hooks.values()):
+            raise ValueError(
+                f"{shown(path)!r} is adapted to what it is given, so that its statistics would "
+                "not be those of the batches; remove() the adaptation first"
+            )
 
 
 def _check_has_values(model: nn.Module) -> None:

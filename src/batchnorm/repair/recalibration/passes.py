@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
@@ -16,8 +15,9 @@ from torch import Tensor
 from batchnorm.layers import BatchNorm
 from batchnorm.models.norms import TorchBatchNorm
 from batchnorm.moments import Moments
+from batchnorm.repair.table import shown
 
-__all__ = ["Pass", "Run", "bind"]
+__all__ = ["Pass", "Run", "bind", "fitting"]
 
 Run: TypeAlias = Callable[[Any], object]
 """Calls the model with a batch."""
@@ -27,8 +27,8 @@ _AT_ONCE = {"cpu": 2**16}
 _AT_ONCE_ELSEWHERE = 2**24
 
 
-class _Reached(BaseException):
-    """The layer in question has seen all; no `Exception`, which the model might catch."""
+class _Reached(Exception):  # noqa: N818 - no error; and of a BaseException hooks are not told
+    """The layer in question has seen all of a batch."""
 
 
 @dataclass
@@ -52,6 +52,7 @@ class Pass:
     """Of everything that entered a layer, by its path."""
     paths: list[list[str]] = field(default_factory=list)
     """Of the layers that each batch went through, in order."""
+    _reached: bool = False  # by the batch at hand, whatever the model does with the exception
 
     def over(self, batches: Iterable[Any], run: Run) -> Pass:
         """Run the batches forward; the layers keep the last one's statistics.
@@ -66,16 +67,26 @@ class Pass:
             for number, batch in enumerate(batches):
                 self.paths.append([])
                 if self.calls is None or self.calls[number] > 0:
-                    with suppress(_Reached):
-                        run(batch)
+                    self._go(run, batch)
         finally:
             for handle in handles:
                 handle.remove()
         return self
 
+    def _go(self, run: Run, batch: Any) -> None:
+        """A batch through the model, or as far as is wanted."""
+        self._reached = False
+        try:
+            run(batch)
+        except Exception:
+            if not self._reached:
+                raise
+
     def _sees(
         self, path: str, layer: TorchBatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        if self._reached:  # the model caught it
+            raise _Reached
         x = args[0] if args else kwargs.get("input")
         mask = kwargs.get("mask") if isinstance(layer, BatchNorm) else None
         batch = self._checked(path, layer, x, mask)
@@ -84,12 +95,16 @@ class Pass:
             before = self.moments.get(path)
             self.moments[path] = batch if before is None else before + batch
             if self.calls and self.paths[-1].count(path) == self.calls[len(self.paths) - 1]:
+                self._reached = True
                 raise _Reached
-        bind(layer, batch.mean, batch.m2 / batch.count.clamp(min=1))
+        bind(layer, *fitting(self._place(path, layer), layer, batch.mean, _biased(batch)))
+
+    def _place(self, path: str, layer: TorchBatchNorm) -> str:
+        return f"{type(layer).__name__} {shown(path)!r}, batch {len(self.paths) - 1} (from 0)"
 
     def _checked(self, path: str, layer: TorchBatchNorm, x: Any, mask: Tensor | None) -> Moments:
         """The moments of a layer's input, if they are as they should be."""
-        where = f"{type(layer).__name__} {path!r}, batch {len(self.paths) - 1} (from 0)"
+        where = self._place(path, layer)
         channels = 0 if layer.running_mean is None else len(layer.running_mean)
         if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[1] != channels:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -121,6 +136,30 @@ def bind(layer: TorchBatchNorm, mean: Float[Tensor, " c"], var: Float[Tensor, " 
     assert layer.running_var is not None
     layer.running_mean = mean.to(layer.running_mean)
     layer.running_var = var.to(layer.running_var)
+
+
+def fitting(
+    place: str, layer: TorchBatchNorm, mean: Float[Tensor, " c"], var: Float[Tensor, " c"]
+) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+    """A mean and variance as the layer's buffers will hold them.
+
+    Raises `ValueError` where the buffers' numbers do not reach that far.
+    """
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    held = mean.to(layer.running_mean), var.to(layer.running_var)
+    if not all(t.isfinite().all() for t in held):
+        raise ValueError(
+            f"{place}: a mean up to {mean.abs().max():.3g} and a variance up to {var.max():.3g} "
+            f"exceed what {layer.running_var.dtype} buffers hold; keep them in float32, as this "
+            "library's layers do under .half()"
+        )
+    return held
+
+
+def _biased(batch: Moments) -> Float[Tensor, " c"]:
+    """The variance to normalize with; 0 where nothing was counted."""
+    return batch.m2 / batch.count.clamp(min=1)
 
 
 def _moments(

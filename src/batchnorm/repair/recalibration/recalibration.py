@@ -22,8 +22,8 @@ from batchnorm.moments import Moments
 from batchnorm.repair.recalibration.estimates import in_one_pass, layer_by_layer, population
 from batchnorm.repair.recalibration.layers import recalibrated_and_frozen
 from batchnorm.repair.recalibration.ranks import Ranks
-from batchnorm.repair.recalibration.stream import Stream, shown
-from batchnorm.repair.table import table
+from batchnorm.repair.recalibration.stream import Stream, progress_bar
+from batchnorm.repair.table import shown, table
 
 __all__ = ["Recalibration", "Shift", "recalibrate"]
 
@@ -63,10 +63,11 @@ def recalibrate(
     are the statistics. A layer that is called several times in a pass pools its calls; one that
     is called with `mask=` counts what the mask leaves. Compiled parts run as they were written.
 
-    Layers that were frozen on purpose are left alone: in eval mode while the model trains (some
-    module with parameters is in training mode), with `track_running_stats=False`, or with
-    `statistics=Running()`. Whether γ and β learn does not matter. In a model for inference, all
-    in eval mode, every layer with running statistics is recalibrated.
+    Layers that were frozen on purpose are left alone: those whose running statistics training
+    does not move, by `freeze`, `track_running_stats=False`, `statistics=Running()` or
+    `Untracked(...)`, and those in eval mode while the model trains (some module with parameters
+    is in training mode). Whether γ and β learn does not matter. In a model for inference, all in
+    eval mode, every other layer with running statistics is recalibrated.
 
     - `batches`: any iterable; of a tuple or list the model gets the first entry, of a dictionary
       all by name. Each must leave a layer more than one value per channel, unless `upstream` is
@@ -90,9 +91,11 @@ def recalibrate(
     Returns how far each layer's statistics moved; its `undo()` puts the former ones back.
 
     Raises `ValueError` where there is nothing to recalibrate, no batch or no layer's call; for
-    the first layer whose input is not finite; where one value has no variance; and for lazy and
-    meta tensors. `TypeError` for what is no module, or one batch in place of several. On the
-    other ranks, `RuntimeError` where one fails.
+    an adapted model, whose layers' inputs are moved; for the first layer whose input is not
+    finite; where one value has no variance; where a mean or variance, of a batch or of all,
+    exceeds what half precision buffers hold; and for lazy and meta tensors. `TypeError` for what
+    is no module, or one batch in place of several. On the other ranks, `RuntimeError` where one
+    fails.
 
     Source: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3 (precise BatchNorm).
     """
@@ -106,7 +109,7 @@ def recalibrate(
         layers, frozen = recalibrated_and_frozen(model, where)
         _check_same(ranks.gather(list(layers)))
         stream = Stream(batches, samples)
-        with left_as_it_was(model), _eager(), shown(progress, ranks.rank) as show:
+        with left_as_it_was(model), _eager(), progress_bar(progress, ranks.rank) as show:
             for module in model.modules():
                 module.training = False
             found = _ESTIMATES[upstream](
@@ -169,7 +172,7 @@ class Recalibration:
         title = f"Recalibration: {_several(len(self.layers), 'layer')}, {samples}"
         rows = [
             (
-                s.path,
+                shown(s.path),
                 f"{s.mean:.2g} σ",
                 f"{s.mean_most:.2g} σ",
                 f"×{s.std:.3g}",
@@ -181,7 +184,7 @@ class Recalibration:
         text = table(title + _several(self.batches, "batch", "batches"), head, rows)
         for what, paths in (("never called", self.uncalled), ("frozen", self.frozen)):
             if paths:
-                text += f"\n{what}, left alone: {', '.join(paths)}"
+                text += f"\n{what}, left alone: {', '.join(map(shown, paths))}"
         return text
 
 
@@ -238,13 +241,13 @@ def _statistics(layer: TorchBatchNorm) -> tuple[Tensor, Tensor]:
     return layer.running_mean.clone(), layer.running_var.clone()
 
 
-@torch.no_grad()
 def _put(layer: TorchBatchNorm, mean: Float[Tensor, " c"], var: Float[Tensor, " c"]) -> None:
     """Into the buffers as they are: others, such as DistributedDataParallel, hold them too."""
     assert layer.running_mean is not None
     assert layer.running_var is not None
-    layer.running_mean.copy_(mean)
-    layer.running_var.copy_(var)
+    for buffer, values in ((layer.running_mean, mean), (layer.running_var, var)):
+        with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+            buffer.copy_(values)
 
 
 def _shift(

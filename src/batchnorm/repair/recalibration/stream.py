@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchnorm.models.calling import with_tensors
 
-__all__ = ["Shown", "Stream", "shown"]
+__all__ = ["Shown", "Stream", "progress_bar"]
 
 
 class Stream:
@@ -84,7 +84,7 @@ Shown: TypeAlias = Callable[[Iterable[Any], str], Iterator[Any]]
 
 
 @contextmanager
-def shown(progress: bool | None, rank: int = 0) -> Iterator[Shown]:
+def progress_bar(progress: bool | None, rank: int = 0) -> Iterator[Shown]:
     """A progress bar on stderr; with None only on rank 0, and where that is a terminal."""
     if not (sys.stderr.isatty() and rank == 0 if progress is None else progress):
         yield lambda batches, purpose: iter(batches)
