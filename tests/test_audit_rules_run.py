@@ -298,6 +298,7 @@ FOUND = [
     ("BN105", W, lambda: evaluated(averaged())),
     ("BN105", W, lambda: evaluated(averaged(avg_fn=lambda a, p, n: 0.99 * a + 0.01 * p))),
     ("BN105", W, lambda: evaluated(averaged(data=-4.0), data=-4.0)),
+    ("BN105", W, lambda: evaluated(averaged(), passes=5)),  # a small test set
     ("BN107", W, lambda: checkpointed(nn.BatchNorm1d)),
     ("BN107", W, lambda: checkpointed(nn.BatchNorm1d, part=slice(0, 5))),
     ("BN107", W, lambda: checkpointed(nn.BatchNorm1d, momentum=None)),

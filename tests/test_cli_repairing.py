@@ -131,12 +131,25 @@ def test_in_place_writes_over_the_weights_and_only_then(here, tmp_path):
     assert (tmp_path / "in.safetensors").read_bytes() != before
 
 
+def test_in_place_does_not_throw_a_trainer_s_other_things_away(here, tmp_path):
+    torch.save({"state_dict": here["make"]().state_dict(), "epoch": 3}, "trained.pt")
+    before = (tmp_path / "trained.pt").read_bytes()
+    words = ["recalibrate", "repairable.py:make", "--weights", "trained.pt"]
+    words += ["--data", "repairable.py:loader"]
+    refused = batchnorm(*words, "--in-place")
+    assert refused.exit_code == 2
+    assert "trained.pt holds more than the model's tensors" in said(refused)
+    assert (tmp_path / "trained.pt").read_bytes() == before
+    assert batchnorm(*words, "-o", "out.pt").exit_code == 0
+    assert torch.load("out.pt").keys() == here["make"]().state_dict().keys()
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
         ("repairable.py:empty", "at least one batch"),
-        ("repairable.py:misfits", "the model failed on a batch of repairable.py:misfits"),
-        ("repairable.py:broken", "failed on a batch of repairable.py:broken: ValueError: boom"),
+        ("repairable.py:misfits", "failed on the batches of repairable.py:misfits"),
+        ("repairable.py:broken", "failed on the batches of repairable.py:broken: ValueError: boom"),
         ("repairable.py:nothing", "has no nothing"),
     ],
 )
@@ -173,8 +186,9 @@ def test_fold_writes_a_program_that_runs_without_the_model_s_code(here):
     assert not [key for key in program.state_dict if "running" in key]
     model = here["make"]().eval()
     model.load_state_dict(load_file("in.safetensors"))
-    x = torch.randn(2, 3, 6, 6)
-    torch.testing.assert_close(program.module()(x), model(x))
+    for n in (2, 5, 1):
+        x = torch.randn(n, 3, 6, 6)
+        torch.testing.assert_close(program.module()(x), model(x))
 
 
 def test_fold_exports_a_model_that_is_called_by_name(here):
@@ -291,6 +305,16 @@ def test_port_translates_names_and_layouts(here, name, words, dense, norm):
     names = ("weight", "bias", "running_mean", "running_var")
     assert [ported[f"{norm}.{key}"][0].item() for key in names] == [2, 3, 4, 5]
     assert "0.001" in result.output  # Keras's ε, which no state dict tells
+
+
+def test_port_takes_ε_and_momentum_as_they_are_there(here):
+    names = ("gamma", "beta", "moving_mean", "moving_variance")
+    np.savez("keras.npz", **{f"bn/{name}": np.ones(4, np.float32) for name in names})
+    words = ["port", "keras.npz", "--source", "keras", "--eps", "1e-4", "--momentum", "0.9"]
+    result = batchnorm(*words, "-o", "out.pt")
+    assert result.exit_code == 0, result.output
+    assert "0.0001" in result.output
+    assert "0.1" in result.output.split()
 
 
 def test_port_has_no_in_place_and_does_not_speak_of_it(here):

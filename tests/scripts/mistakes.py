@@ -51,7 +51,8 @@ loader = DataLoader(data, batch_size=size, shuffle=True, drop_last=True)
 
 model = Network(momentum=0.001 if mistake == "stale" else 0.1)
 if mistake == "half frozen":
-    model.backbone.requires_grad_(False)
+    model.backbone[:3].requires_grad_(False)
+    model.backbone[4].bias.requires_grad_(False)  # whose γ learns
 # the model is made
 learning = [p for p in model.parameters() if p.requires_grad]
 optimizer = torch.optim.SGD(learning, lr=0.01 if mistake == "small" else 0.1)

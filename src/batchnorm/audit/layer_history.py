@@ -124,7 +124,8 @@ class LayerHistory:
     def note_evaluated(self, call: Call) -> None:
         """Of averaged weights, which never train: what they are given when they are evaluated."""
         self.passes += 1
-        if self.passes >= self.due and call.input is not None:
+        few = len(self.evaluated) < KEPT  # an evaluation may be short
+        if (few or self.passes >= self.due) and call.input is not None:
             self.due = look((self.passes - 1) // EVERY + 1)
             self.refresh(call)
             self.evaluated.append(direct(call.input))

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import nn
+from torch.export import Dim
+from torch.utils._pytree import tree_map
 
 from batchnorm import repair
 from batchnorm.cli.files import replacing
@@ -104,9 +106,9 @@ def recalibrate(
     """
     with _refused():
         destination = _destination(weights, output, in_place)
-        model = _model(target, weights)
+        model = _model(target, weights, in_place)
         batches = load_batches(data)
-        with _told(f"the model failed on a batch of {data}"):
+        with _told(f"failed on the batches of {data}"):
             result = repair.recalibrate(
                 model, batches, samples=samples, upstream=upstream.value, where=where
             )
@@ -126,21 +128,23 @@ def fold(
     """Let batch norms vanish into the convolutions and linear layers around them.
 
     Compares outputs before and after on the first batch of --data, or on noise of the shape
-    --input. Writes the folded model's state dict, or to a .pt2 the folded model itself, as
-    torch.export makes it and any PyTorch loads it.
+    --input. Writes the weights of the folded model, which only a model that was folded likewise
+    loads; or, to a .pt2, a program that runs without its code (torch.export), for batches of any
+    size where the example has two samples or more.
     """
     with _refused():
         destination = _destination(weights, output, in_place, (*WRITTEN, EXPORTED))
-        model = _model(target, weights).eval()
+        model = _model(target, weights, in_place).eval()
         example = _example(model, data, input)
-        with _told("the model failed on the example"):
+        with _told("failed on the example"):
             result = repair.fold(model, example, where=where)
         if destination.suffix == EXPORTED:
             with _told("torch.export cannot export the folded model"):
                 _export(model, example, destination)
+            _say(result, destination, "a program that torch.export.load reads")
         else:
             save_tensors(tensors_of(model), destination)
-    _say(result, destination)
+            _say(result, destination, "weights for a model that was folded likewise")
 
 
 def convert(
@@ -162,13 +166,13 @@ def convert(
     """
     with _refused():
         destination = _destination(weights, output, in_place)
-        model = _model(target, weights)
+        model = _model(target, weights, in_place)
         given = data is not None or input is not None
         example = _example(model, data, input) if given else None
-        with _told("the model failed on the example"):
+        with _told("failed on the example"):
             result = repair.convert(model, to=to, where=where, example=example)
         save_tensors(tensors_of(model), destination)
-    _say(result, destination)
+    _say(result, destination, "weights for a model that was converted likewise")
 
 
 def average(
@@ -190,7 +194,7 @@ def average(
         models = [_model(target, path) for path in checkpoints]
         model = models[0]
         batches = None if data is None else load_batches(data)
-        with _told(f"the model failed on a batch of {data}"):
+        with _told(f"failed on the batches of {data}"):
             result = repair.average(model, models, counts=_numbers(counts), batches=batches)
         save_tensors(tensors_of(model), destination)
     _say(result, destination)
@@ -201,6 +205,12 @@ def port(
     source: Annotated[Source, typer.Option(help="The framework that they come from.")],
     model: Annotated[
         str | None, typer.Option("--model", help="What makes the model that they are for.")
+    ] = None,
+    eps: Annotated[
+        float | None, typer.Option(help="ε of its batch norms there, if not the default.")
+    ] = None,
+    momentum: Annotated[
+        float | None, typer.Option(help="Their momentum there, if not the default.")
     ] = None,
     by_order: Annotated[
         bool,
@@ -217,7 +227,14 @@ def port(
     with _refused():
         destination = checked_destination(output, [weights])
         into = None if model is None else load_module(model)
-        result = repair.port(read_arrays(weights), source.value, model=into, by_order=by_order)
+        result = repair.port(
+            read_arrays(weights),
+            source.value,
+            model=into,
+            by_order=by_order,
+            eps=eps,
+            momentum=momentum,
+        )
         save_tensors(result.state_dict, destination)
     _say(result, destination)
 
@@ -271,10 +288,13 @@ def _destination(
     return checked_destination(output, sources, in_place=in_place, forms=forms)
 
 
-def _model(target: str, weights: Path | None) -> nn.Module:
+def _model(target: str, weights: Path | None, in_place: bool = False) -> nn.Module:
     model = load_module(target)
-    if weights is not None:
-        load_weights(model, weights)
+    if weights is not None and not load_weights(model, weights) and in_place:
+        raise ValueError(
+            f"{weights} holds more than the model's tensors, an optimizer perhaps, which would be "
+            "lost; give -o for the state dict alone"
+        )
     tensors_of(model)  # what could not be written is refused before it is computed
     return model
 
@@ -292,15 +312,16 @@ def _example(model: nn.Module, data: str | None, shape: str | None) -> Any:
 
 
 def _export(model: nn.Module, example: Any, destination: Path) -> None:
-    if isinstance(example, Mapping):
-        exported = torch.export.export(model, (), kwargs=dict(example))
-    else:
-        first = example[0] if isinstance(example, (tuple, list)) else example
-        exported = torch.export.export(model, (first,))
+    by_name = dict(example) if isinstance(example, Mapping) else {}
+    first = example[0] if isinstance(example, (tuple, list)) else example
+    given = () if by_name else (first,)
+    # a size of 1 is never taken for any size
+    shapes = tree_map(lambda each: {0: Dim.AUTO} if each.ndim else {}, by_name or given)
+    exported = torch.export.export(model, given, kwargs=by_name, dynamic_shapes=shapes)
     with replacing(destination) as temporary:
         torch.export.save(exported, temporary)
 
 
-def _say(result: object, destination: Path) -> None:
+def _say(result: object, destination: Path, what: str = "") -> None:
     typer.echo(repr(result))
-    typer.echo(f"written to {destination}")
+    typer.echo(f"written to {destination}" + (f": {what}" if what else ""))

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from batchnorm.cli.files import replacing
-from batchnorm.models.checkpoint import PICKLED, read_tensors
+from batchnorm.models.checkpoint import PICKLED, holds_tensors_alone, read_tensors
 
 __all__ = [
     "WRITTEN",
@@ -69,8 +69,10 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path) -> bool:
     """Load a checkpoint into the model: its state dict, alone or inside a trainer's dictionary.
+
+    Returns whether the file holds nothing else.
 
     Raises `ValueError` for a file that is none, and for one that does not hold each of the
     model's tensors, and no others; counts of batches may be missing.
@@ -96,6 +98,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
                 f"{tuple(wanted[key].shape)} in the model"
             )
     model.load_state_dict(state, strict=False)  # the counts
+    return not prefix and holds_tensors_alone(path)
 
 
 def read_arrays(path: Path) -> Mapping[str, Tensor | np.ndarray]:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["PICKLED", "read_tensors"]
+__all__ = ["PICKLED", "holds_tensors_alone", "read_tensors"]
 
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 
@@ -40,6 +40,14 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
         ) from error
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {path}: {_said(error)}") from error
+
+
+def holds_tensors_alone(path: Path) -> bool:
+    """Whether a checkpoint that can be read is a flat dictionary of tensors."""
+    if path.suffix == ".safetensors":
+        return True
+    found = _unpickled(path)
+    return isinstance(found, Mapping) and all(isinstance(v, Tensor) for v in found.values())
 
 
 class _lazily(Mapping[str, Tensor]):  # noqa: N801 - used as a function

@@ -13,7 +13,7 @@ from batchnorm.audit.state import LayerState, State
 __all__ = ["HalfFrozen"]
 
 _FIX = repair(
-    "freeze(model, where=lambda path, norm: any(not p.requires_grad for p in norm.parameters()))"
+    "freeze(model, where=lambda _, norm: {p.requires_grad for p in norm.parameters()} == {False})"
 )
 
 
