@@ -394,6 +394,19 @@ def test_frozen_layers_are_adapted_in_eval_mode_alone(kind, frozen_first):
     assert adaptation.layers[0].samples == 32
 
 
+def test_a_layer_that_is_the_model_is_called_so():
+    layer = source(nn.BatchNorm1d(2))
+    adaptation = adapt(layer, prior=0, memory=None)
+    assert "\n  the model  0" in repr(adaptation)
+    for call, says in (
+        (lambda: adapt(layer), "'the model' is adapted already"),
+        (lambda: adaptation(torch.ones(1, 2)), "'the model' is given one value per channel"),
+        (lambda: layer.train() and adaptation(torch.ones(3, 2)), "'the model' is in training"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call()
+
+
 def test_training_goes_on_as_ever():
     model, x = network(), torch.randn(4, 1, 8, 8)
     twin = copy.deepcopy(model)

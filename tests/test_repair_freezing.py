@@ -513,7 +513,7 @@ def test_layers_that_cannot_be_frozen_are_named():
     with pytest.raises(ValueError, match="it has none"):
         unfreeze(nn.Linear(3, 3))
     for lazy in (nn.LazyBatchNorm2d(), LazyBatchNorm2d()):
-        with pytest.raises(ValueError, match="the model itself: lazy"):
+        with pytest.raises(ValueError, match="the model: lazy"):
             freeze(lazy)
 
 
@@ -546,6 +546,7 @@ Freezing: 2 layers, 2 parameters
   1      batch → running  yes → no  learn → fixed
   4      batch → running  yes → no  fixed"""
     assert repr(freeze(model)) == text
+    assert "\n  the model  batch → running  yes → no" in repr(freeze(nn.BatchNorm1d(2)))
     assert "FrozenBatchNorm2d(4, eps" in repr(model)
     unfreeze(model)
     freeze(model, updates=True)

@@ -716,6 +716,84 @@ def test_extra_states_go_along():
     assert twin[0].scale == 3
 
 
+def odd_small():
+    """A model whose values are easily lost: a NaN's payload, the sign of a zero, an ε."""
+    model = trained_small()
+    with torch.no_grad():
+        model[0].weight.view(torch.int32).view(-1)[0] = 0x7FC01234
+        model[3].weight.view(-1)[0] = -0.0
+    model[1].eps, model[1].momentum = 0.5, None
+    return model
+
+
+def bits(model):
+    return {name: value.numpy().tobytes() for name, value in state(model).items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: model,
+        nn.DataParallel,
+        lambda model: torch.compile(model, backend="eager"),
+    ],
+)
+def test_undo_gives_the_model_back_what_it_had(wrap):
+    model = odd_small()
+    before, held = bits(model), dict(model.named_parameters())
+    porting = port(small_of_keras(), "keras", model=wrap(model), renamed=PLACES)
+    ported = {name: value.clone() for name, value in porting.state_dict.items()}
+    assert (model[1].eps, round(model[1].momentum, 9)) == (1e-3, 0.01)
+    with torch.no_grad():
+        model[0].bias.add_(1)  # trained since
+    porting.undo()
+    assert bits(model) == before
+    assert (model[1].eps, model[1].momentum) == (0.5, None)
+    assert all(model.get_parameter(name) is parameter for name, parameter in held.items())
+    assert_same(porting.state_dict, ported)
+
+
+def test_undo_gives_layers_back_that_took_the_place_of_others():
+    model = odd_small()
+    before = bits(model)
+    porting = port(small_of_keras(), "keras", model=model, renamed=PLACES)
+    model[1] = BatchNorm2d(4)
+    porting.undo()
+    assert bits(model) == before
+    assert (model[1].eps, model[1].momentum) == (0.5, None)
+
+
+def test_undo_gives_extra_states_back():
+    class Extra(nn.BatchNorm1d):
+        def __init__(self, scales):
+            super().__init__(2)
+            self.scales = scales
+
+        def get_extra_state(self):
+            return self.scales
+
+        def set_extra_state(self, state):
+            self.scales[:] = state  # what was handed out before changes with it
+
+    model, other = nn.Sequential(Extra([3])), nn.Sequential(Extra([4]))
+    porting = port(other.state_dict(), "torch", model=model)
+    assert model[0].scales == [4]
+    porting.undo()
+    assert model[0].scales == [3]
+
+
+def test_an_undo_that_fails_changes_nothing():
+    porting = port(small_of_keras(), "keras", model=(model := odd_small()), renamed=PLACES)
+    model[3] = nn.Linear(4, 7)
+    ported = bits(model)
+    with pytest.raises(RuntimeError, match=r"size mismatch for 3\.weight"):
+        porting.undo()
+    assert bits(model) == ported
+    assert model[1].eps == 1e-3
+    with pytest.raises(ValueError, match=r"nothing to undo: .* no model"):
+        port(small_of_keras(), "keras").undo()
+
+
 def test_what_was_done_is_told():
     weights = small_of_keras() | {"seed/seed_generator_state": np.zeros(2, "int32")}
     del weights["bn/gamma"]
@@ -728,3 +806,5 @@ def test_what_was_done_is_told():
         "  filled in: 1.weight",
         "  dropped: seed/seed_generator_state",
     ]
+    alone = port(norm(), "keras", model=nn.BatchNorm1d(4), renamed={"bn": ""})
+    assert "\n  the model  bn" in repr(alone)

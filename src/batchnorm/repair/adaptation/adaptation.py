@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from batchnorm.repair.adaptation.statistics import (
     Settings,
     trains,
 )
-from batchnorm.repair.table import table
+from batchnorm.repair.table import shown, table
 
 __all__ = ["Adaptation", "Cap", "Entropy", "LayerDrift", "adapt"]
 
@@ -145,8 +144,8 @@ class Adaptation:
         training = [path for path, norm in self._norms.items() if trains(norm)]
         if training:
             raise ValueError(
-                f"adaptation is for inference, and {training[0]!r} is in training mode, with "
-                f"{len(training) - 1} others; call model.eval() first"
+                f"adaptation is for inference, and {shown(training[0])!r} is in training mode, "
+                f"with {len(training) - 1} others; call model.eval() first"
             )
         before = [adapted.state for adapted in self._adapted]
 
@@ -218,12 +217,7 @@ class Adaptation:
     def __enter__(self) -> Adaptation:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def __repr__(self) -> str:
@@ -236,7 +230,7 @@ class Adaptation:
         head = ("layer", "samples", "mean off", "std", "cap held", "skipped")
         rows = [
             (
-                layer.path or "the model",
+                shown(layer.path),
                 f"{layer.samples:,}",
                 f"{layer.mean:.2g} σ",
                 f"×{layer.std:.3g}",
@@ -279,7 +273,7 @@ def _adaptable(model: nn.Module, where: Where) -> dict[str, TorchBatchNorm]:
     for path, module in model.named_modules():
         if is_compiled(module) or getattr(module, "_compiled_call_impl", None) is not None:
             raise TypeError(
-                f"{path or 'the model'} is compiled and would not call the hooks of its layers; "
+                f"{shown(path)} is compiled and would not call the hooks of its layers; "
                 "adapt the model that was compiled, and call that"
             )
     norms = {path: norm for path, norm in batch_norms(model).items() if is_meant(path, norm, where)}
@@ -298,16 +292,16 @@ def _check_source(path: str, norm: TorchBatchNorm) -> None:
     statistics = [norm.running_mean, norm.running_var]
     if any(t is None or is_lazy(t) or t.is_meta for t in statistics):
         raise ValueError(
-            f"{path!r} has no statistics yet: it is lazy or on the meta device; load its weights "
-            "or run a batch through the model first"
+            f"{shown(path)!r} has no statistics yet: it is lazy or on the meta device; load its "
+            "weights or run a batch through the model first"
         )
     if not all(bool(t.isfinite().all()) for t in statistics if t is not None):
         raise ValueError(
-            f"{path!r} has running statistics that are not finite, from which nothing can be "
-            "adapted; recalibrate(model, batches) first"
+            f"{shown(path)!r} has running statistics that are not finite, from which nothing can "
+            "be adapted; recalibrate(model, batches) first"
         )
     if any(isinstance(hook, AdaptedLayer) for hook in norm._forward_pre_hooks.values()):
-        raise ValueError(f"{path!r} is adapted already; remove() that adaptation first")
+        raise ValueError(f"{shown(path)!r} is adapted already; remove() that adaptation first")
 
 
 def _usable_by_autograd(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from batchnorm.functional import moments
 from batchnorm.kernels import accumulator, compute_dtype
 from batchnorm.models.norms import TorchBatchNorm
 from batchnorm.moments import Moments
+from batchnorm.repair.table import shown
 
 __all__ = ["MAIN", "AdaptedLayer", "Cap", "CurrentStream", "LayerDrift", "Settings", "trains"]
 
@@ -239,9 +240,9 @@ class AdaptedLayer:
         settings = self._settings
         if settings.prior == settings.memory == 0 and x.shape[0] * x.shape[2:].numel() == 1:
             raise ValueError(
-                f"{self.path!r} is given one value per channel, {tuple(x.shape)}, which is its own "
-                "mean, so that every output would be β: adapt with a prior or a memory, or with "
-                "larger batches"
+                f"{shown(self.path)!r} is given one value per channel, {tuple(x.shape)}, which is "
+                "its own mean, so that every output would be β: adapt with a prior or a memory, or "
+                "with larger batches"
             )
 
 

@@ -21,7 +21,7 @@ from batchnorm.models.snapshot import undone_on_failure
 from batchnorm.moments import Moments
 from batchnorm.repair.averaging.states import ModelOrState, State, checked_states
 from batchnorm.repair.recalibration import Recalibration, recalibrate
-from batchnorm.repair.table import table
+from batchnorm.repair.table import shown, table
 
 __all__ = ["Averaging", "MergedLayer", "average"]
 
@@ -147,7 +147,7 @@ class Averaging:
         head = ("layer", "means off", "at most", "std", "at most", "between means")
         rows = [
             (
-                layer.path or "the model",
+                shown(layer.path),
                 f"{min(layer.shift):.2g} σ",
                 f"{max(layer.shift):.2g} σ",
                 f"×{min(layer.stretch):.3g}",

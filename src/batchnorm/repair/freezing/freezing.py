@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Literal
 
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.models.norms import TorchBatchNorm, Where, batch_norms, is_meant
 from batchnorm.models.snapshot import undone_on_failure
 from batchnorm.repair.freezing.layers import Earlier, Switches, freeze_layer, is_frozen, thaw
-from batchnorm.repair.table import table
+from batchnorm.repair.table import shown, table
 
 __all__ = ["Freezing", "Frozen", "Switches", "freeze", "unfreeze"]
 
@@ -33,8 +32,8 @@ class Freezing:
     """What `freeze` did. As a context it undoes that at its end.
 
     - `layers`: the layers.
-    - `parameters`: the names of the γs and βs that learned before and no longer do, each once:
-      not how many there are, as in a `Conversion`.
+    - `parameters`: the names of the γs and βs that learned before and no longer do; not
+      how many there are, as in a `Conversion`.
     """
 
     layers: tuple[Frozen, ...]
@@ -54,12 +53,7 @@ class Freezing:
     def __enter__(self) -> Freezing:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.undo()
 
     def __repr__(self) -> str:
@@ -71,7 +65,9 @@ class Freezing:
                 ["yes" if s.updates else "no" for s in both],
                 ["learn" if s.learns else "fixed" for s in both],
             )
-            rows.append((layer.path, *(" → ".join(dict.fromkeys(change)) for change in changes)))
+            rows.append(
+                (shown(layer.path), *(" → ".join(dict.fromkeys(change)) for change in changes))
+            )
         title = f"Freezing: {_many(self.layers, 'layer')}, {_many(self.parameters, 'parameter')}"
         return table(title, ("layer", "statistics", "updated", "γ, β"), rows)
 
@@ -211,7 +207,7 @@ def _tensors(layer: nn.Module) -> list[Tensor]:
 
 def _names(paths: Iterable[str]) -> str:
     """Paths in one line, of many the first."""
-    paths = [path or "the model itself" for path in paths]
+    paths = list(map(shown, paths))
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     return ", ".join(paths[:3]) + more
 

@@ -11,6 +11,7 @@ from batchnorm.layers.base import learning, let_learn
 from batchnorm.models.norms import TorchBatchNorm
 from batchnorm.repair.freezing.classes import held, hold, let_go
 from batchnorm.repair.frozen_statistics import obeys_flag
+from batchnorm.repair.table import shown
 from batchnorm.statistics import Running
 
 __all__ = ["Earlier", "Switches", "freeze_layer", "is_frozen", "thaw"]
@@ -88,7 +89,7 @@ def freeze_layer(path: str, layer: TorchBatchNorm, switches: Switches) -> None:
     learned = vars(layer)[_LEARNED] = learning(layer)
     if used == "running" and updates:
         raise TypeError(
-            f"{path} is a {type(layer).__name__}, which normalizes either by its running "
+            f"{shown(path)} is a {type(layer).__name__}, which normalizes either by its running "
             "statistics or moves them; convert it to a layer of this library, or leave it out "
             "with where="
         )
@@ -97,7 +98,7 @@ def freeze_layer(path: str, layer: TorchBatchNorm, switches: Switches) -> None:
     elif tracked and not updates:
         if not obeys_flag(layer):
             raise TypeError(
-                f"{path} is a {type(layer).__name__}, whose own forward decides whether its "
+                f"{shown(path)} is a {type(layer).__name__}, whose own forward decides whether its "
                 "running statistics move when it uses the batch's; freeze it with statistics="
                 '"running", call it inside frozen_statistics(), or leave it out with where='
             )

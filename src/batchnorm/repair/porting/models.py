@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -76,6 +77,10 @@ class Target:
             bare: values.get(bare, given[id(self.state[name])]) for bare, name in self.names.items()
         }
 
+    def copied(self) -> dict[str, Any]:
+        """The values of all of the model's tensors as they are now, and its extra states."""
+        return {bare: _copy(self.state[name]) for bare, name in self.names.items()}
+
     def load(self, values: Mapping[str, Any], settings: Mapping[str, Settings]) -> None:
         """Give the model the values and its batch norms their settings: all or nothing."""
         state = {self.names[bare]: value for bare, value in values.items()}
@@ -103,6 +108,10 @@ class Target:
                     f"{origin} reaches {value.abs().max():.3g}, which the model's {own.dtype} "
                     "cannot hold; port to the model in float32"
                 )
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else deepcopy(value)
 
 
 def in_order(layers: Mapping[str, Layer], target: Target, source: Source) -> dict[str, str]:

@@ -15,7 +15,7 @@ from batchnorm.repair.porting.models import Settings, Target, in_order, settings
 from batchnorm.repair.porting.options import Renamed, by_layer, renamed_paths
 from batchnorm.repair.porting.reading import Layer, read
 from batchnorm.repair.porting.sources import SOURCES, TORCH, Framework, Source
-from batchnorm.repair.table import table
+from batchnorm.repair.table import shown, table
 
 __all__ = ["PortedNorm", "Porting", "Settings", "port"]
 
@@ -43,6 +43,7 @@ def port(
     port(variables, "flax", model=net, renamed={"Conv_0": "conv", "BatchNorm_0": "norm"})
     port(weights, "keras", eps={bn.path: bn.epsilon for bn in keras_batch_norms})
     port(torch.load("ddp.pt"), "torch", model=net)          # "module." and "_orig_mod." off
+    port(weights, "keras", model=net, by_order=True).undo()
     ```
 
     ε and momentum are no weights, and a state does not hold them: where they are not passed they
@@ -62,7 +63,8 @@ def port(
       dictionary of flax.nnx; a PyTorch state. It is not changed.
     - `source`: "keras", "flax" or "torch".
     - `model`: where to load the ported weights, strictly; its batch norms are given ε and
-      momentum. If anything does not fit, nothing is loaded.
+      momentum. If anything does not fit, nothing is loaded. What it held before is kept for
+      `undo`, as long as the result is.
     - `renamed`: PyTorch's paths for the source's: leading segments and what to put for them, "" for
       nothing, or a function of the path, whose segments have dots between them.
     - `by_order`: the first layer with weights is the model's first, and so on, whatever they are
@@ -98,7 +100,8 @@ def port(
     else:
         places = renamed_paths(reading.layers, renamed, conventions)
     modules = {} if target is None else target.modules
-    porting = Porting(conventions.title, dropped=reading.dropped)
+    before = None if target is None else _Before(target.model, target.copied())
+    porting = Porting(conventions.title, dropped=reading.dropped, _before=before)
     for path, layer in reading.layers.items():
         place = places[path]
         _port_into(porting, place, path, layer, modules.get(place), options, conventions)
@@ -133,13 +136,28 @@ class Porting:
     kernels: dict[str, str] = field(default_factory=dict)
     unchanged: list[str] = field(default_factory=list)
     dropped: tuple[str, ...] = ()
+    _before: _Before | None = field(default=None, repr=False)
+
+    def undo(self) -> None:
+        """Give the model the values back that it had, and its batch norms their ε and momentum.
+
+        Raises `ValueError` where there was no model, `RuntimeError` where its tensors have other
+        names or shapes by now. Then nothing is changed.
+        """
+        if self._before is None:
+            raise ValueError(
+                "nothing to undo: the weights were loaded into no model, since port was given none"
+            )
+        model, values = self._before
+        settings = {place: norm.before for place, norm in self.norms.items() if norm.before}
+        Target(model).load(values, settings)
 
     def __repr__(self) -> str:
         counted = _counted(len(self.norms), "batch norm"), _counted(len(self.names), "tensor")
         title = f"Porting from {self.source}: {', '.join(counted)}"
         rows = [
             (
-                place or "(the model)",
+                shown(place),
                 norm.path,
                 *(_change(norm, setting) for setting in Settings._fields),
             )
@@ -163,6 +181,13 @@ class PortedNorm(NamedTuple):
     path: str
     settings: Settings
     before: Settings | None
+
+
+class _Before(NamedTuple):
+    """A model, and the values that it had, by names without those of wrappers."""
+
+    model: nn.Module
+    values: dict[str, Any]
 
 
 class _Options(NamedTuple):
