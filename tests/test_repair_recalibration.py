@@ -417,7 +417,7 @@ def test_a_batch_too_wide_for_half_precision_does_not_reach_the_next_layer(upstr
     narrow, wide = (torch.tensor([[-a], [a]]).half() for a in (1.0, 400.0))
     numbers = values(model)
     with pytest.raises(ValueError, match=r"'0'.* exceed what torch.float16 buffers hold"):
-        recalibrate(model, [narrow, wide], upstream=upstream)
+        recalibrate(model, [wide, *[narrow] * 9], upstream=upstream)  # all together would fit
     assert values(model) == numbers
     recalibrate(model, [narrow, narrow / 100], upstream=upstream)
     mean, var = pooled([narrow, narrow / 100])
