@@ -14,8 +14,7 @@ from torch import nn
 import batchnorm
 from batchnorm import Batch, Ghost, Renorm, Running
 from batchnorm.layers import BatchNorm
-from batchnorm.repair.conversion import convert
-from batchnorm.repair.conversion import model as conversion_of_models
+from batchnorm.repair.conversion import convert, work
 from batchnorm.repair.freezing import freeze, unfreeze
 
 TORCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -274,8 +273,8 @@ def test_a_failure_in_the_middle_leaves_no_layer_converted(monkeypatch, to, erro
         done.append(args)
         return original(*args)
 
-    original = conversion_of_models.become
-    monkeypatch.setattr(conversion_of_models, "become", become)
+    original = work.become
+    monkeypatch.setattr(work, "become", become)
     with pytest.raises(error, match="in the middle"):
         convert(model, to=to)
     assert len(done) == 2
@@ -317,6 +316,32 @@ def test_an_example_is_only_looked_at():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+class Shifted(nn.Module):
+    """Works on its input in place."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x.sub_(1.0))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Shifted(nn.BatchNorm2d(2)), nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm2d(2))],
+    ids=["subtraction", "relu"],
+)
+def test_a_model_that_works_in_place_leaves_the_example_alone(model):
+    x = images()
+    before = x.clone()
+    assert convert(model, to="batchnorm", example=x).difference < 1e-6
+    assert torch.equal(x, before)
+
+
+# The way back, and its order
+
+
 def test_undo_keeps_what_was_learned_since():
     model = network().double()
     twin = copy.deepcopy(model)
@@ -331,6 +356,84 @@ def test_undo_keeps_what_was_learned_since():
     assert type(model[1]) is nn.BatchNorm2d
     for name, value in twin.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("later", [Ghost(4), "torch", "group_norm", "original"])
+def test_undo_out_of_order_is_refused_and_changes_nothing(later):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.GELU())
+    before = [everything(model[1]), type(model[2])]
+    first = convert(model, to="batchnorm", fuse=True)
+    second = convert(model, to=later)
+    between = [everything(model[1]), type(model[2])]
+    with pytest.raises(ValueError, match=r"its '1' is another layer than .* undo later changes"):
+        first.undo()
+    assert [everything(model[1]), type(model[2])] == between
+    second.undo()
+    first.undo()
+    assert [everything(model[1]), type(model[2])] == before
+
+
+def test_a_bias_is_not_put_back_before_the_norm_behind_it_is():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))
+    before, bias = everything(model[1]), model[0].bias
+    first, second = convert(model, to="drop_bias"), convert(model, to="group_norm")
+    with pytest.raises(ValueError, match=r"its '0' is another layer than"):
+        first.undo()
+    assert model[0].bias is None
+    assert type(model[1]) is nn.GroupNorm
+    second.undo()
+    first.undo()
+    assert everything(model[1]) == before
+    assert model[0].bias is bias
+
+
+def test_what_users_set_and_a_first_batch_are_no_later_conversion():
+    model = nn.Sequential(nn.LazyBatchNorm2d())
+    result = convert(model, to=Ghost(2))
+    model(images())
+    model[0].eps, model[0].momentum = 0.1, None
+    model[0].freeze()
+    result.undo()
+    assert (model[0].eps, model[0].momentum) == (0.1, None)
+    assert not isinstance(model[0], BatchNorm)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# Layers within layers
+
+
+class Outer(nn.BatchNorm2d):
+    """A norm that holds another, which it does not use."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.inner = nn.BatchNorm2d(channels)
+
+
+@pytest.mark.parametrize("to", ["batchnorm", "group_norm", "identity", Ghost(2)])
+def test_norms_within_norms_and_at_two_paths_are_each_converted_once(to):
+    # qubvel-org/segmentation_models.pytorch#488: mutated while it iterates named_modules
+    shared = nn.BatchNorm2d(4)
+    model = nn.Sequential(Outer(4), shared, nn.ModuleDict({"again": shared}), nn.BatchNorm2d(4))
+    outer, inner = model[0], model[0].inner
+    before = [everything(norm) for norm in (outer, inner, shared)]
+    result = convert(model, to=to)
+    assert list(result.converted) == ["0", "0.inner", "1", "3"]
+    assert model[0] is outer
+    assert outer.inner is inner
+    assert model[1] is model[2]["again"] is shared
+    assert len({type(norm) for norm in (outer, inner, shared, model[3])}) == 1
+    assert type(shared) is not nn.BatchNorm2d
+    result.undo()
+    assert [everything(norm) for norm in (outer, inner, shared)] == before
+
+
+def test_one_layer_is_told_of_as_one():
+    model = network()
+    assert repr(convert(model, to="batchnorm", where="1")).startswith(
+        "Conversion to batchnorm: 1 layer\n"
+    )
+    assert repr(convert(model, to="batchnorm")).startswith("Conversion to batchnorm: 2 layers\n")
 
 
 # Arguments

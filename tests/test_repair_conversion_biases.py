@@ -324,3 +324,31 @@ def test_where_means_the_layers_with_biases():
     with pytest.raises(ValueError, match="none of the model's 1 biased layers: '0'"):
         convert(model, to="drop_bias", where="2")
     assert convert(nn.BatchNorm2d(3), to="drop_bias").converted == {}
+
+
+def test_what_is_made_in_inference_mode_can_be_trained_with():
+    model, x = chain(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), image()
+    with torch.inference_mode():
+        result = convert(model, to="drop_bias")
+        assert not model[1].running_mean.is_inference()
+    model.eval()(x).sum().backward()
+    model[1].running_mean.add_(1)  # or undo would put the same tensor back
+    with torch.inference_mode():
+        result.undo()
+    assert not model[1].running_mean.is_inference()
+    model(x).sum().backward()
+
+
+def test_wide_and_narrow_statistics_made_in_inference_mode_can_be_trained_with():
+    norm = nn.BatchNorm2d(4).bfloat16()
+    for to in ("batchnorm", "torch"):
+        with torch.inference_mode():
+            convert(norm, to=to)
+        assert not norm.running_var.is_inference()
+    norm = nn.BatchNorm2d(4)
+    result = convert(norm, to="batchnorm")
+    norm.bfloat16()
+    with torch.inference_mode():
+        result.undo()
+    assert norm.running_var.dtype == torch.bfloat16
+    assert not norm.running_var.is_inference()

@@ -157,3 +157,69 @@ def test_a_frozen_norm_that_does_not_tell_its_eps_or_does_otherwise_is_left_as_i
     assert list(result.converted) == ["2"]
     assert "unfreeze() it first" in convert(chain(FrozenBatchNorm2d(3)), to=Ghost(2)).skipped["0"]
     assert "do not learn" in convert(chain(FrozenBatchNorm2d(3)), to="group_norm").skipped["0"]
+
+
+class Tripled(BatchNormAct2d):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+Tripled.__name__ = "BatchNormAct2d"
+
+
+def test_a_norm_is_tried_with_values_that_its_own_numbers_make_large_and_small():
+    for mean in (-100.0, 0.0, 100.0):  # of -2 to 2 a ReLU behind it would see no more than zeros
+        norm = Tripled(3)
+        norm.running_mean.fill_(mean)
+        assert "computes something else" in convert(norm, to="batchnorm").skipped[""]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_whose_mean_is_far_from_zero_is_no_other_for_its_rounding(dtype):
+    norm = BatchNormAct2d(3).to(dtype)
+    norm.running_mean.fill_(1e4)
+    convert(norm, to="batchnorm")
+    assert type(norm) is batchnorm.BatchNorm2d
+
+
+class Held(nn.Module):
+    """Four buffers and eps, under a name that does not tell."""
+
+    def __init__(self, channels, moves=False):
+        super().__init__()
+        self.eps, self.moves = 1e-5, moves
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(channels))
+
+    def forward(self, x):
+        mean, var = self.running_mean, self.running_var
+        if self.moves and self.training:
+            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
+            self.running_mean.mul_(0.9).add_(mean, alpha=0.1)
+        scale = self.weight * (var + self.eps).rsqrt()
+        return x * scale.reshape(1, -1, 1, 1) + (self.bias - mean * scale).reshape(1, -1, 1, 1)
+
+
+def test_a_frozen_norm_is_known_by_what_it_holds():
+    model, x = chain(nn.Conv2d(3, 3, 1), randomized(Held(3))), images()
+    expected = model(x)
+    result = convert(model, to="batchnorm", example=x)
+    assert list(result.converted) == ["1"]
+    assert type(model[1]) is batchnorm.BatchNorm2d
+    torch.testing.assert_close(model.train()(x), expected)
+    with pytest.raises(ValueError, match="Held does not tell how many dimensions"):
+        convert(Held(3), to="batchnorm")
+
+
+def test_a_norm_of_four_buffers_that_uses_the_batch_in_training_is_not_frozen():
+    norm = randomized(Held(3, moves=True)).eval()
+    mean = norm.running_mean.clone()
+    result = convert(norm, to="batchnorm", example=images())
+    assert "computes something else" in result.skipped[""]
+    assert torch.equal(norm.running_mean, mean)  # though it was tried
+    assert not norm.training
+
+
+def test_an_instance_norm_that_tracks_is_no_batch_norm():
+    result = convert(nn.InstanceNorm2d(3, affine=True, track_running_stats=True), to="batchnorm")
+    assert (result.converted, result.skipped) == ({}, {})

@@ -432,6 +432,18 @@ def test_a_residual_that_is_the_convolution_itself_stays():
     stays(Undecided(model), images(), "something else takes", "model.norm")
 
 
+@pytest.mark.parametrize("wrap", [lambda m: m, Undecided], ids=["traced", "one pass"])
+def test_a_convolution_that_gives_the_residual_too_stays(wrap):
+    model = wrap(
+        Net(
+            lambda m, x: m.norm(m.conv(x), residual=m.conv(2 * x)),
+            conv=conv(), norm=BatchNorm2d(4),
+        )
+    )  # fmt: skip
+    path = next(path for path, m in model.named_modules() if isinstance(m, NORMS))
+    stays(model, images(), "conv before it is called for something else too", path)
+
+
 def test_a_norm_with_a_residual_does_not_go_into_what_is_behind():
     model = Net(lambda m, x: m.conv(m.norm(x, residual=x)), norm=BatchNorm2d(3), conv=conv())
     stays(model, images(), "it is given more than its input")
@@ -467,6 +479,27 @@ class Halved(FrozenBatchNorm2d):
 def test_others_frozen_norms_fold():
     folded(nn.Sequential(conv(), FrozenBatchNorm2d(4)), images(), {"1": ("0",)})
     stays(nn.Sequential(conv(), Halved(4)), images(), "computes something else", "1")
+
+
+class Constants(nn.Module):
+    """As `FrozenBatchNorm2d`, under a name that does not tell, with an activation as timm's."""
+
+    forward_of = FrozenBatchNorm2d.forward
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        vars(self).update(vars(FrozenBatchNorm2d(channels)))
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.forward_of(x))
+
+
+def test_frozen_norms_are_known_by_what_they_hold():
+    folded(nn.Sequential(conv(), Constants(4)), images(), {"1": ("0",)})
+    silent = nn.Sequential(conv(), FrozenBatchNorm2d(4), conv(4, 4), FrozenBatchNorm2d(4))
+    silent[1].eps, silent[1].forward = None, lambda x: 2 * x
+    stays(silent, images(), "does not tell its eps", "1")
 
 
 class WithAct(nn.BatchNorm2d):
@@ -637,6 +670,26 @@ def test_an_answer_that_is_no_number_is_an_error():
     model = randomized(nn.Sequential(conv(), nn.BatchNorm2d(4)))
     with pytest.raises(ValueError, match="answers the example with NaN, before"):
         fold(model, images() * math.nan)
+
+
+def test_an_answer_that_is_infinite_on_purpose_is_one_as_others():
+    model = Net(
+        lambda m, x: torch.where(x[:, :1, 1:-1, 1:-1] > 0, m.norm(m.conv(x)), -math.inf),
+        conv=conv(), norm=nn.BatchNorm2d(4),
+    )  # fmt: skip
+    model, x = randomized(model), images()
+    expected = model(x)
+    assert fold(model, x, repeats=0).difference < 1e-5
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_folded_in_inference_mode_can_be_trained():
+    model, x = randomized(nn.Sequential(conv(), nn.BatchNorm2d(4))), images()
+    with torch.inference_mode():
+        result = fold(model, x, repeats=0)
+    assert result.folded == {"1": ("0",)}
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and p.is_leaf for p in model.parameters())
 
 
 def test_weights_that_would_overflow_stay():

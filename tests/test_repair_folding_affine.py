@@ -13,7 +13,6 @@ from torch import nn
 
 from batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.repair.folding import fold
-from batchnorm.repair.folding.affine import Affine
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -199,13 +198,3 @@ def test_a_running_variance_of_zero_is_legal():
     expected = model(x)
     assert fold(model, x, repeats=0).folded
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
-
-
-@given(st.integers(0, 20))
-def test_one_map_then_another_is_the_composed_map(seed):
-    torch.manual_seed(seed)
-    first, second = (Affine(*torch.randn(2, 3, dtype=torch.float64)) for _ in range(2))
-    x = torch.randn(4, 3, 2, dtype=torch.float64)
-    torch.testing.assert_close(first.then(second)(x), second(first(x)))
-    flat = first.repeated(2)(x.flatten(1))
-    torch.testing.assert_close(flat, first(x).flatten(1))

@@ -10,7 +10,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Forward", "call", "half", "output_of", "set_training", "with_tensors"]
+__all__ = [
+    "Forward",
+    "call",
+    "copied",
+    "half",
+    "output_of",
+    "set_training",
+    "tensors_of",
+    "with_tensors",
+]
 
 Forward = Callable[[nn.Module, Any], Any]
 """How to call a model with a batch."""
@@ -41,6 +50,23 @@ def with_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
         changed = {name: with_tensors(getattr(batch, name), change) for name in names}
         return dataclasses.replace(batch, **changed)
     return batch
+
+
+def copied(values: Any) -> Any:
+    """The same values in tensors of their own."""
+    return with_tensors(values, lambda tensor: tensor.detach().clone())
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    """Every tensor in a batch, in arguments, or in what a model returns."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    with_tensors(values, note)
+    return found
 
 
 def half(batch: Any) -> Any:

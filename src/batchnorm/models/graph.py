@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from batchnorm.models.norms import TorchBatchNorm
 
-__all__ = ["Effect", "Graph", "Node", "is_frozen_norm", "is_linear"]
+__all__ = ["Effect", "Graph", "Node", "is_linear"]
 
 Effect = Literal["nothing", "flatten", "other"]
 """What an operation does: give what it is given, make one dimension of all but the first, else."""
@@ -20,20 +19,6 @@ Effect = Literal["nothing", "flatten", "other"]
 def is_linear(module: nn.Module | None) -> bool:
     """Whether it is a convolution, a transposed one, or a linear layer, or a subclass of one."""
     return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
-
-
-def is_frozen_norm(module: nn.Module | None) -> bool:
-    """Whether it looks like torchvision's or detectron2's FrozenBatchNorm2d: only constants."""
-    if module is None or isinstance(module, TorchBatchNorm) or any(module.children()):
-        return False
-    names = ("weight", "bias", "running_mean", "running_var")
-    shapes = {_shape(getattr(module, name, None)) for name in names}
-    is_whole = len(shapes) == 1 and len(shapes.pop() or ()) == 1
-    return is_whole and isinstance(getattr(module, "eps", None), float)
-
-
-def _shape(value: object) -> tuple[int, ...] | None:
-    return tuple(value.shape) if isinstance(value, Tensor) and not is_lazy(value) else None
 
 
 @dataclass(eq=False)

@@ -7,8 +7,21 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-__all__ = ["TorchBatchNorm", "Where", "batch_norms", "is_meant", "replace"]
+from batchnorm.layers import BatchNorm, DomainBatchNorm
+
+__all__ = [
+    "NUMBERS",
+    "TorchBatchNorm",
+    "Where",
+    "batch_norms",
+    "has_usual_forward",
+    "is_frozen_norm",
+    "is_meant",
+    "layers_of_domains",
+    "replace",
+]
 
 TorchBatchNorm = nn.modules.batchnorm._BatchNorm
 """What `torch.nn`'s batch norms, this library's and most of other people's have in common."""
@@ -17,6 +30,35 @@ TorchBatchNorm = nn.modules.batchnorm._BatchNorm
 def batch_norms(model: nn.Module) -> dict[str, TorchBatchNorm]:
     """The batch norm layers of a model by path, each once; "" is the model itself."""
     return {path: m for path, m in model.named_modules() if isinstance(m, TorchBatchNorm)}
+
+
+def has_usual_forward(module: nn.Module) -> bool:
+    """Whether it computes as `torch.nn`'s batch norms or this library's, in no way of its own."""
+    return type(module).forward in _USUAL and "forward" not in vars(module)
+
+
+_USUAL = (TorchBatchNorm.forward, nn.SyncBatchNorm.forward, BatchNorm.forward)
+
+NUMBERS = ("weight", "bias", "running_mean", "running_var")
+"""The tensors by which a batch norm normalizes at inference."""
+
+
+def is_frozen_norm(module: nn.Module | None) -> bool:
+    """Whether it holds what torchvision's, detectron2's and timm's FrozenBatchNorm2d hold.
+
+    That is no parameters, and γ, β, mean and variance as buffers, whatever its name is.
+    """
+    if module is None or isinstance(module, TorchBatchNorm) or module._parameters:
+        return False
+    numbers = [module._buffers.get(name) for name in NUMBERS]
+    shapes = {None if t is None or is_lazy(t) else tuple(t.shape) for t in numbers}
+    return len(shapes) == 1 and len(shapes.pop() or ()) == 1
+
+
+def layers_of_domains(model: nn.Module) -> set[nn.Module]:
+    """The layers that each normalize one domain: what the model's `DomainBatchNorm`s hold."""
+    domains = [module for module in model.modules() if isinstance(module, DomainBatchNorm)]
+    return {layer for domain in domains for layer in domain.modules()}
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from batchnorm.models.calling import Forward, with_tensors
+from batchnorm.models.calling import Forward, copied, tensors_of
 from batchnorm.models.graph import Effect, Graph, Node
 from batchnorm.models.snapshot import left_as_it_was
 
@@ -35,7 +35,7 @@ def graph_of_pass(
     watched = _Pass(model)
     leaves = [m for m in model.modules() if is_leaf(m) or not any(m.children())]
     effects = {leaf: effect_of(leaf) for leaf in leaves}  # before there are hooks of ours
-    given = with_tensors(batch, lambda t: t.detach().clone())
+    given = copied(batch)
     with left_as_it_was(model), watched:  # which takes the hooks off, too
         for leaf, effect in effects.items():
             watched.watch(leaf, effect)
@@ -63,12 +63,12 @@ class _Pass(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if not self._inside:
-            given = _tensors((args, kwargs or {}))
+            given = tensors_of((args, kwargs or {}))
             self.taken += [t for t in given if id(t) in self._owned]
             node = Node(func.overloadpacket.__name__, None, self._makers(given))
             node.effect = _effect(func, given, result)
             changed = given if func._schema.is_mutable else []
-            self._note(node, [*changed, *_tensors(result)])
+            self._note(node, [*changed, *tensors_of(result)])
         return result
 
     def watch(self, leaf: nn.Module, effect: Effect) -> None:
@@ -77,13 +77,13 @@ class _Pass(TorchDispatchMode):
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             named = sorted(kwargs.items(), key=lambda item: item[0] != "input")
             # now, for the module may work in place
-            self._inside.append(self._makers(_tensors((args, [value for _, value in named]))))
+            self._inside.append(self._makers(tensors_of((args, [value for _, value in named]))))
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             inputs = self._inside.pop()
             if not self._inside:
                 node = Node(self._paths[module], module, inputs, effect=effect)
-                self._note(node, _tensors(output))
+                self._note(node, tensors_of(output))
 
         leaf.register_forward_pre_hook(before, with_kwargs=True)
         leaf.register_forward_hook(after, with_kwargs=True, always_call=True)
@@ -99,18 +99,6 @@ class _Pass(TorchDispatchMode):
         self.nodes.append(node)
         for tensor in made:
             self._made_by[tensor] = node
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    """The tensors in arguments or results."""
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    with_tensors(values, note)
-    return found
 
 
 def _effect(func: Any, given: list[Tensor], result: Any) -> Effect:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from batchnorm.models.calling import Forward, call
-from batchnorm.models.graph import Effect, Graph, Node, is_frozen_norm, is_linear
-from batchnorm.models.norms import TorchBatchNorm
+from batchnorm.models.graph import Effect, Graph, Node, is_linear
+from batchnorm.models.norms import TorchBatchNorm, is_frozen_norm
 from batchnorm.models.one_pass import graph_of_pass
 from batchnorm.models.snapshot import left_as_it_was
 

@@ -7,16 +7,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from batchnorm.layers import BatchNorm
+from batchnorm.models.norms import has_usual_forward
 
 __all__ = ["frozen_statistics", "obeys_flag"]
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-_OBEDIENT = (_BatchNorm.forward, nn.SyncBatchNorm.forward, BatchNorm.forward)
 
 
 @contextmanager
@@ -75,7 +72,7 @@ def obeys_flag(module: nn.Module) -> bool:
     Whoever wrote another forward pass may mean something else by `track_running_stats`, as
     instance norms do, which then use a sample's own statistics in eval too.
     """
-    return type(module).forward in _OBEDIENT
+    return has_usual_forward(module)
 
 
 def _check(path: str, module: nn.Module) -> None:

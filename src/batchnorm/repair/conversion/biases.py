@@ -13,7 +13,7 @@ from batchnorm.models.graph import Node
 from batchnorm.repair.conversion.order import Call, Order
 from batchnorm.repair.conversion.source import Refused, is_norm, understood
 
-__all__ = ["biased", "cancelling", "drop_bias", "is_before_norm"]
+__all__ = ["biased", "cancelling", "drop_bias", "is_before_norm", "is_dropped"]
 
 _CONVOLUTIONS: dict[type[nn.Module], int] = {
     nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3,
@@ -62,23 +62,31 @@ def is_before_norm(order: Order, layer: nn.Module) -> bool:
     return not consumers or any(module is not None and is_norm(module) for module in consumers)
 
 
+@torch.inference_mode(False)  # where no mean could be tracked that is made
 def drop_bias(layer: nn.Module, norms: Sequence[nn.Module], undo: ExitStack) -> None:
-    """Take a layer's bias out, and out of the running means behind it."""
+    """Take a layer's bias out, and out of the running means of the norms behind it."""
     bias = layer.bias
     assert isinstance(bias, nn.Parameter)
     for norm in norms:
         mean = norm.running_mean
-        if isinstance(mean, Tensor):
-            moved = (_wide(mean) - _wide(bias.detach())).to(mean.dtype)
-            undo.callback(_put_back(norm, mean, moved, bias))
-            norm.running_mean = moved
+        assert isinstance(mean, Tensor)
+        moved = (_wide(mean) - _wide(bias.detach())).to(mean.dtype)
+        undo.callback(_put_back(norm, mean, moved, bias))
+        norm.running_mean = moved
     undo.callback(setattr, layer, "bias", bias)
     layer.bias = None  # type: ignore[assignment]
+
+
+def is_dropped(layer: nn.Module, norms: Sequence[nn.Module]) -> bool:
+    """Whether the bias can be put back: the layer has none still, and the norms have means."""
+    means = [norm._buffers.get("running_mean") for norm in norms]
+    return layer._parameters.get("bias") is None and all(mean is not None for mean in means)
 
 
 def _put_back(norm: nn.Module, mean: Tensor, moved: Tensor, bias: Tensor) -> Callable[[], None]:
     first = moved.clone()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def put_back() -> None:
         now = norm.running_mean

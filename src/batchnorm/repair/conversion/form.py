@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["COMMON", "Form", "become", "fresh", "revert"]
+__all__ = ["COMMON", "Form", "become", "fresh", "is_still", "revert"]
 
 COMMON = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 """The settings that batch norms of every kind have; who changes them, means them to stay."""
@@ -108,6 +108,25 @@ def become(module: nn.Module, now: Form, then: Form) -> None:
         attributes.pop(name, None)
     attributes.update(then.settings)
     module.__class__ = then.kind
+
+
+def is_still(module: nn.Module, then: Form) -> bool:
+    """Whether a module has the form that it took, if frozen since, or told other common settings.
+
+    A lazy layer becomes one of its class by its first batch.
+    """
+    if type(module) not in (then.kind, getattr(then.kind, "cls_to_become", None)):
+        return False
+    now, was = _own_settings(Form.of(module, then)), _own_settings(then)
+    return all(now[name] == value for name, value in was.items() if name in now)
+
+
+def _own_settings(form: Form) -> dict[str, Any]:
+    """The settings of its kind alone, as they are while the layer is not frozen."""
+    own = {name: value for name, value in form.settings.items() if name not in COMMON}
+    if thawed := own.pop("_thawed", None):
+        own["statistics"] = thawed[0]
+    return own
 
 
 def revert(module: nn.Module, was: Form, then: Form) -> None:

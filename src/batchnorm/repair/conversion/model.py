@@ -4,28 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.kernels import IDENTITY, Activation
-from batchnorm.layers import DomainBatchNorm
-from batchnorm.layers.base import BatchNorm
 from batchnorm.models.calling import Forward
+from batchnorm.models.comparison import difference, tolerance
 from batchnorm.models.compiled import original
 from batchnorm.models.norms import Where, is_meant
-from batchnorm.repair.conversion.biases import biased, cancelling, drop_bias, is_before_norm
-from batchnorm.repair.conversion.form import Form, become, revert
-from batchnorm.repair.conversion.fusion import Fusion, fused_activation, groups, unfused_activation
-from batchnorm.repair.conversion.observation import Observation, difference, tolerance
+from batchnorm.repair.conversion.biases import biased
+from batchnorm.repair.conversion.observation import Observation
 from batchnorm.repair.conversion.optimizer import release
 from batchnorm.repair.conversion.order import Order, is_lazy_model
 from batchnorm.repair.conversion.result import Conversion
-from batchnorm.repair.conversion.source import FUSED, Refused, Source, is_norm, understood
-from batchnorm.repair.conversion.target import LOSSLESS, TARGETS, Options, Plan
+from batchnorm.repair.conversion.source import is_norm
+from batchnorm.repair.conversion.target import LOSSLESS, TARGETS, Options
+from batchnorm.repair.conversion.work import Work
 from batchnorm.statistics import Statistics
 
 __all__ = ["convert"]
@@ -96,20 +92,15 @@ def convert(
     nothing should be lost.
     """
     name, options = _asked(to, fuse, groups, process_group)
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
-            f"convert takes a torch.nn.Module that is not scripted, got {type(model).__name__}"
-        )
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
+    _check(model, optimizer)
     model = original(model)
-    norms = [module for module in model.modules() if is_norm(module)]
     # a pass would make a lazy layer an ordinary one
     watched = example is not None and not is_lazy_model(model)
+    norms = [module for module in model.modules() if is_norm(module)]
     seen = Observation.of(model, example, forward, norms) if watched else None
     before = list(model.parameters())
     with ExitStack() as undo:
-        work = _Work(model, None if seen is None else seen.shapes, undo)
+        work = Work(model, None if seen is None else seen.shapes, undo)
         if name == _DROP_BIAS:
             meant = _meant(model, where, biased, "biased layers")
             work.drop_biases(meant, example, forward, is_named=where is not None)
@@ -119,31 +110,37 @@ def convert(
             if fuse:
                 work.fuse(Order(model, example, forward))
             work.apply()
-        after = {id(parameter) for parameter in model.parameters()}
         if optimizer is not None:
+            after = {id(parameter) for parameter in model.parameters()}
             release(optimizer, [p for p in before if id(p) not in after], undo)
         differs = None
         if seen is not None:
             now = Observation.of(model, example, forward, ())
-            differs = difference(seen.outputs, now.outputs)
-            if name in (*LOSSLESS, _DROP_BIAS) and not differs <= tolerance(seen.outputs):
-                raise RuntimeError(
-                    f"converting to {to} changes the outputs on the example by {differs:.2g} of "
-                    "the largest, more than rounding does; the model is as it was. A forward that "
-                    "reads its layers' attributes, or calls different ones from time to time, can "
-                    "do that: leave those layers out with where=..."
-                )
-        return Conversion(
-            to=str(to),
-            converted=work.converted,
-            skipped=work.skipped,
-            fused=work.fused,
-            unfused=work.unfused,
-            lost=work.lost,
-            parameters=(_count(before), _count(list(model.parameters()))),
-            difference=differs,
-            needs_fine_tuning=work.needs_fine_tuning,
-            _undo=undo.pop_all(),
+            differs = difference(now.outputs, seen.outputs)
+            if name in (*LOSSLESS, _DROP_BIAS):
+                _check_lossless(to, differs, seen)
+        sizes = (_count(before), _count(list(model.parameters())))
+        return work.result(str(to), sizes, differs, undo.pop_all())
+
+
+def _check(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise for what is of another type."""
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"convert takes a torch.nn.Module that is not scripted, got {type(model).__name__}"
+        )
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
+
+
+def _check_lossless(to: str | Statistics, differs: float, seen: Observation) -> None:
+    """Raise where outputs differ by more than rounding makes of them in a deep network."""
+    if not differs <= min(tolerance(seen.outputs, least=0.0, resolutions=1e4), 0.5):
+        raise RuntimeError(
+            f"converting to {to} changes the outputs on the example by {differs:.2g} of the "
+            "largest, more than rounding does; the model is as it was. A forward that reads its "
+            "layers' attributes, or calls different ones from time to time, can do that: leave "
+            "those layers out with where=..."
         )
 
 
@@ -189,180 +186,5 @@ def _meant(
     return meant
 
 
-@dataclass
-class _Work:
-    """A conversion while it is planned and done."""
-
-    model: nn.Module
-    shapes: dict[nn.Module, list[torch.Size]] | None
-    undo: ExitStack
-    paths: dict[nn.Module, str] = field(default_factory=dict)
-    sources: dict[nn.Module, Source] = field(default_factory=dict)
-    plans: dict[nn.Module, Plan] = field(default_factory=dict)
-    restored: set[nn.Module] = field(default_factory=set)
-    replaced: dict[nn.Module, tuple[nn.Module, ...]] = field(default_factory=dict)
-    converted: dict[str, tuple[str, str]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    fused: dict[str, str] = field(default_factory=dict)
-    unfused: dict[str, str] = field(default_factory=dict)
-    lost: dict[str, str] = field(default_factory=dict)
-    needs_fine_tuning: bool = False
-
-    def convert(self, meant: dict[nn.Module, str], name: str, options: Options) -> None:
-        """Plan what each norm becomes."""
-        self.paths = meant
-        domains = [m for m in self.model.modules() if isinstance(m, DomainBatchNorm)]
-        of_domains = {layer for each in domains for layer in each.modules()}
-        for module, path in meant.items():
-            try:
-                source = understood(module)
-                if module in of_domains and name not in ("batchnorm", "original"):
-                    raise Refused("its DomainBatchNorm gives it a residual and a mask")
-            except Refused as reason:
-                self.skipped[path] = str(reason)
-                continue
-            if self.shapes is not None:
-                source.shapes = tuple(self.shapes.get(module, ()))
-            self.sources[module] = source
-        if name != "batchnorm":
-            self._unfuse(name, options)
-        for module in self.sources:
-            if module not in self.plans and self.paths[module] not in self.skipped:
-                self._plan(module, name, options)
-
-    def _plan(self, module: nn.Module, name: str, options: Options) -> bool:
-        source = self.sources[module]
-        try:
-            self.plans[module] = TARGETS[name](source, options)
-        except Refused as reason:
-            self.skipped[self.paths[module]] = str(reason)
-            return False
-        return True
-
-    def _unfuse(self, name: str, options: Options) -> None:
-        """Give activations back that norms have taken over, where all norms that have can."""
-        for activations, norms in groups(self.sources):
-            if not norms <= self.sources.keys():
-                continue
-            before = {norm: self.sources[norm].act for norm in norms}
-            for norm in norms:
-                self.sources[norm].act = IDENTITY
-            planned = [self._plan(norm, name, options) for norm in norms]
-            if all(planned):
-                self.restored |= activations
-                continue
-            for norm in norms:
-                self.sources[norm].act = before[norm]
-                self.plans.pop(norm, None)
-                why = "it shares an activation with a norm that cannot be converted"
-                self.skipped.setdefault(self.paths[norm], why)
-
-    def fuse(self, order: Order) -> None:
-        """Plan which activations the norms take over."""
-        fusion = Fusion.of(order, {norm: self.sources[norm] for norm in self.plans})
-        for norm, reason in fusion.refused.items():
-            self.unfused[self.paths[norm]] = reason
-        for norm, activations in fusion.activations.items():
-            act = Activation.of(activations[0])
-            form = self.plans[norm].form
-            settings = {**form.settings, "act": act, FUSED: activations}
-            self.plans[norm] = replace(self.plans[norm], form=replace(form, settings=settings))
-            self.fused[self.paths[norm]] = str(act)
-        self.replaced = {act: fusion.norms(act) for act in fusion.all_activations()}
-
-    def apply(self) -> None:
-        """Do what is planned."""
-        for module, plan in self.plans.items():
-            source, path = self.sources[module], self.paths[module]
-            if plan.form is source.form or _is_same(plan.form, source.form):
-                continue
-            before = _text(module)
-            if plan.is_lossy:
-                self.needs_fine_tuning |= source.was_trained
-            self._become(module, source.form, plan.form)
-            if plan.is_frozen:
-                assert isinstance(module, BatchNorm)
-                module.freeze()
-            self.converted[path] = (before, _text(module))
-            if plan.lost:
-                self.lost[path] = ", ".join(plan.lost)
-        for activation, norms in self.replaced.items():
-            self._become(activation, *fused_activation(activation, norms))
-        for activation in self.restored:
-            self._become(activation, *unfused_activation(activation))
-
-    def _become(self, module: nn.Module, now: Form, then: Form) -> None:
-        self.undo.callback(_revert, module, now, then)
-        become(module, now, then)
-
-    def drop_biases(
-        self,
-        meant: dict[nn.Module, str],
-        example: Any | None,
-        forward: Forward | None,
-        *,
-        is_named: bool,
-    ) -> None:
-        """Take out the biases that batch norms take out again.
-
-        - `is_named`: whether the layers were asked for, so that each is told of.
-        """
-        if not meant:
-            return
-        order = Order(self.model, example, forward)
-        cancelled = {}
-        for layer, path in meant.items():
-            if not is_named and not is_before_norm(order, layer):
-                continue
-            try:
-                cancelled[layer] = cancelling(order, layer, self.shapes)
-            except Refused as reason:
-                self.skipped[path] = str(reason)
-        for layer, norms in cancelled.items():
-            was = f"{type(layer).__name__} with a bias of {len(layer.bias)}"  # type: ignore[arg-type]
-            drop_bias(layer, norms, self.undo)
-            self.converted[meant[layer]] = (was, f"{type(layer).__name__} without")
-
-
-def _revert(module: nn.Module, was: Form, then: Form) -> None:
-    frozen_since = getattr(module, "_thawed", None) and not was.settings.get("_thawed")
-    if frozen_since and isinstance(module, BatchNorm):
-        module.unfreeze()  # or its parameters would never learn again
-    revert(module, was, then)
-    weight = module._parameters.get("weight")
-    if issubclass(was.kind, BatchNorm) or weight is None or weight.dtype.itemsize >= 4:
-        return
-    for name, buffer in was.buffers.items():  # the model has half the precision since
-        if buffer is not None and buffer.is_floating_point():
-            module._buffers[name] = getattr(module, name).to(weight.dtype)
-
-
-def _is_same(one: Form, other: Form) -> bool:
-    """Whether two forms are the same, with the same tensors."""
-    tensors, others = one.tensors, other.tensors
-    return (
-        one.kind is other.kind
-        and one.settings == other.settings
-        and tensors.keys() == others.keys()
-        and all(tensor is others[name] for name, tensor in tensors.items())
-    )
-
-
 def _count(parameters: list[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters if not is_lazy(p))
-
-
-def _text(module: nn.Module) -> str:
-    """A layer as one writes it, as far as it matters here."""
-    kind = type(module)
-    package = kind.__module__.partition(".")[0]
-    prefix = {"torch": "torch.nn.", "batchnorm": "batchnorm."}.get(package, "")
-    if isinstance(module, nn.GroupNorm):
-        return f"{prefix}{kind.__name__}({module.num_groups}, {module.num_channels})"
-    if isinstance(module, nn.Identity):
-        return f"{prefix}Identity()"
-    arguments = [str(size) for size in getattr(module, "normalized_shape", ())]
-    arguments += [str(module.num_features)] if "num_features" in vars(module) else []
-    if isinstance(module, BatchNorm):
-        arguments += [module.extra_repr().partition("track_running_stats=")[2].partition(", ")[2]]
-    return f"{prefix}{kind.__name__}({', '.join(filter(None, arguments))})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.models.calling import Forward, call, with_tensors
+from batchnorm.models.calling import Forward, call, copied, tensors_of
 from batchnorm.models.snapshot import left_as_it_was
 
-__all__ = ["Observation", "difference", "tolerance"]
+__all__ = ["Observation"]
 
 
 @dataclass(frozen=True)
@@ -39,36 +38,10 @@ class Observation:
             if isinstance(first, Tensor):
                 seen.shapes.setdefault(module, []).append(first.shape)
 
-        def keep(output: Tensor) -> Tensor:
-            if output.is_floating_point():
-                seen.outputs.append(output.detach().clone())
-            return output
-
         with left_as_it_was(model):
             model.eval()
             for norm in norms:
                 norm.register_forward_pre_hook(note, with_kwargs=True)
-            with_tensors((forward or call)(model, example), keep)
+            outputs = tensors_of((forward or call)(model, copied(example)))  # it may modify that
+            seen.outputs.extend(copied([t for t in outputs if t.is_floating_point()]))
         return seen
-
-
-def difference(before: list[Tensor], after: list[Tensor]) -> float:
-    """The largest difference of any output, relative to the largest value of that output."""
-    return max((_difference(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
-
-
-def tolerance(outputs: list[Tensor]) -> float:
-    """What rounding alone may make of a deep network's outputs."""
-    precisions = [torch.finfo(output.dtype).eps for output in outputs]
-    return min(1e4 * max(precisions, default=0.0), 0.5)
-
-
-def _difference(before: Tensor, after: Tensor) -> float:
-    if before.shape != after.shape or not torch.equal(before.isfinite(), after.isfinite()):
-        return math.inf
-    finite = before.isfinite()
-    a, b = before[finite].double(), after[finite].double()
-    if not a.numel():
-        return 0.0
-    size = float(a.abs().max())
-    return float((a - b).abs().max()) / (size or 1.0)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from batchnorm.repair.table import table
 
-__all__ = ["Conversion"]
+__all__ = ["Conversion", "Made"]
+
+
+class Made(NamedTuple):
+    """What became of a module, by its path, and whether it is that still."""
+
+    path: str
+    is_still: Callable[[], bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,18 +44,30 @@ class Conversion:
     parameters: tuple[int, int]
     difference: float | None
     needs_fine_tuning: bool
+    _made: list[Made] = field(repr=False)
     _undo: ExitStack = field(repr=False)
 
     def undo(self) -> None:
         """Make the layers what they were, with what their tensors have learned since.
 
         What this conversion took away comes back as it was, into the optimizer too; a layer that
-        was frozen since learns again. Later conversions have to be undone first.
+        was frozen since learns again.
+
+        Raises `ValueError`, and changes nothing, where a layer is another since: later conversions
+        have to be undone first.
         """
+        for path, is_still in self._made:
+            if not is_still():
+                raise ValueError(
+                    f"the model has been changed since: its {path!r} is another layer than the one "
+                    "that was put there; undo later changes first"
+                )
+        self._made.clear()
         self._undo.close()
 
     def __repr__(self) -> str:
-        counts = [f"{len(self.converted)} layers"]
+        number = len(self.converted)
+        counts = [f"{number} layer" + "s" * (number != 1)]
         counts += [f"{len(self.fused)} fused"] if self.fused else []
         counts += [f"{len(self.skipped)} skipped"] if self.skipped else []
         text = f"Conversion to {self.to}: {', '.join(counts)}"

@@ -21,7 +21,9 @@ from batchnorm.layers import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
-from batchnorm.models.norms import TorchBatchNorm
+from batchnorm.models.affine import computes
+from batchnorm.models.norms import NUMBERS, TorchBatchNorm, is_frozen_norm
+from batchnorm.models.snapshot import left_as_it_was
 from batchnorm.repair.conversion.form import COMMON, Form, fresh
 from batchnorm.repair.freezing.classes import held
 
@@ -125,9 +127,8 @@ class Source:
         for form in (self.form, self.origin):
             if form is not None and (base := base_of(form.kind)) in _DIMS:
                 return _DIMS[base]
-        if self.base is None:
-            found = re.search(r"([123])d", self.form.kind.__name__, re.IGNORECASE)
-            return int(found[1]) if found else None
+        if self.base is None and (found := re.search(r"([123])[dD]", self.form.kind.__name__)):
+            return int(found[1])
         found_dims = {max(len(shape) - 2, 1) for shape in self.shapes or ()}
         return found_dims.pop() if len(found_dims) == 1 else None
 
@@ -163,15 +164,15 @@ def base_of(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch norm, or by its name a frozen one."""
+    """Whether a module is a batch norm, or a frozen one."""
     if isinstance(module, torch.jit.ScriptModule):
         return False
-    return isinstance(module, TorchBatchNorm) or _is_frozen_by_name(module)
+    return isinstance(module, TorchBatchNorm) or is_frozen_norm(module)
 
 
 def understood(module: nn.Module) -> Source:
     """What a batch norm is; raises `Refused` for one that does what `convert` does not know."""
-    if _is_frozen_by_name(module):
+    if is_frozen_norm(module):
         return _frozen(module)
     if "forward" in vars(module):
         raise Refused("it was given a forward of its own")
@@ -222,26 +223,15 @@ def _own(kind: type, base: type) -> Iterator[str]:
             yield from (name for name in vars(each) if not _HARMLESS.fullmatch(name))
 
 
-def _is_frozen_by_name(module: nn.Module) -> bool:
-    """As torchvision, detectron2 and timm name it; their packages need not be there to ask."""
-    named = any("FrozenBatchNorm" in kind.__name__ for kind in type(module).__mro__)
-    return named and not isinstance(module, TorchBatchNorm)
-
-
-_NUMBERS = ("weight", "bias", "running_mean", "running_var")
-
-
 def _frozen(module: nn.Module) -> Source:
     """torchvision's FrozenBatchNorm2d: four buffers and eps."""
     name = type(module).__name__
     like = Form(
         nn.Module,
         dict.fromkeys(COMMON),
-        buffers=dict.fromkeys((*_NUMBERS, "num_batches_tracked")),
+        buffers=dict.fromkeys((*NUMBERS, "num_batches_tracked")),
     )
     form = Form.of(module, like)
-    if any(not isinstance(form.buffers.get(n), Tensor) for n in _NUMBERS) or module._parameters:
-        raise Refused(f"{name} is not as torchvision's: it lacks one of the buffers {_NUMBERS}")
     if not isinstance(form.settings.get("eps"), float):
         raise Refused(f"{name} does not tell its eps; set .eps to what its forward uses")
     form, act = _with_activation(module, form)
@@ -260,36 +250,23 @@ def _with_activation(module: nn.Module, form: Form) -> tuple[Form, Activation]:
         act = Activation.of(last)
     except ValueError:
         raise Refused(f"{name} ends in {last}, which no layer of this library can fuse") from None
-    if not _computes(module, form, act):
+    if not _computes(module, act):
         raise Refused(f"{name} computes something else than a batch norm of its numbers")
     return replace(form, modules=dict(module._modules)), act
 
 
-@torch.no_grad()
-def _computes(module: nn.Module, form: Form, act: Activation) -> bool:
-    """Whether a layer answers a few values in eval mode as its numbers say."""
-    weight, bias, mean, var = (form.tensors.get(name) for name in _NUMBERS)
-    if mean is None or var is None or mean.is_meta:
-        return mean is None or mean.is_meta
-    like = mean if weight is None else weight
-    x = torch.linspace(-2, 2, 8 * len(mean)).reshape(2, len(mean), 2, 2).to(like)
-    training, module.training = module.training, False
-    try:
-        y = type(module).forward(module, x.clone())
-    except Exception:
-        return False
-    finally:
-        module.training = training
+def _computes(module: nn.Module, act: Activation) -> bool:
+    """Whether a layer computes act(scale·x + shift) in eval mode; a frozen one in training too."""
+    mean = module._buffers.get("running_mean")
+    if mean is None or mean.is_meta:  # nothing to try it with
+        return True
+    like = mean.new_zeros(2, len(mean), 2, 2, dtype=_dtype(module, mean))
+    modes = (False,) if isinstance(module, TorchBatchNorm) else (False, True)
+    with left_as_it_was(module):
+        return all(computes(module.train(mode), act, like) for mode in modes)
 
-    def wide(tensor: Tensor) -> Tensor:
-        return tensor.cpu().double().reshape(1, -1, 1, 1)
 
-    z = (x.cpu().double() - wide(mean)) / (wide(var) + form.settings["eps"]).sqrt()
-    z = z if weight is None else z * wide(weight)
-    z = act(z if bias is None else z + wide(bias))
-    finite = z[z.isfinite()]
-    scale = float(finite.abs().max()) if finite.numel() else 0.0
-    tolerance = 30 * torch.finfo(like.dtype).eps
-    return torch.allclose(
-        y.cpu().double(), z, rtol=tolerance, atol=max(tolerance * scale, 1e-30), equal_nan=True
-    )
+def _dtype(module: nn.Module, mean: Tensor) -> torch.dtype:
+    """What a layer's input is in: its weight's, where it has one."""
+    weight = getattr(module, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) else mean.dtype

@@ -1,19 +1,18 @@
-"""A batch norm at inference as y = scale·x + shift, and the weights that do the same.
+"""The weights of a linear module that do what affine maps before and behind it would do.
 
 All in float64 on the CPU, whatever the model is in; rounded once, at the end.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import torch
-from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
+from batchnorm.models.affine import Affine
+
 __all__ = [
-    "Affine",
     "Linear",
     "Transposed",
     "channels_given",
@@ -27,63 +26,7 @@ Linear: TypeAlias = nn.modules.conv._ConvNd | nn.Linear
 Transposed = nn.modules.conv._ConvTransposeNd
 
 
-@dataclass(frozen=True, eq=False)
-class Affine:
-    """Channel by channel, y = scale·x + shift."""
-
-    scale: Float64[Tensor, " c"]
-    shift: Float64[Tensor, " c"]
-
-    @classmethod
-    def of(cls, norm: nn.Module) -> Affine:
-        """What a layer with running statistics computes at inference.
-
-        scale = γ/√(var + ε), shift = β − mean·scale
-        """
-        mean, var = (_wide(getattr(norm, f"running_{name}")) for name in ("mean", "var"))
-        weight, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
-        scale = (var + cast("float", norm.eps)).rsqrt()
-        if weight is not None:
-            scale = scale * _wide(weight)
-        shift = -mean * scale
-        return cls(scale, shift if bias is None else shift + _wide(bias))
-
-    @classmethod
-    def identity(cls, channels: int) -> Affine:
-        """y = x."""
-        ones = torch.ones(channels, dtype=torch.float64)
-        return cls(ones, torch.zeros_like(ones))
-
-    @property
-    def channels(self) -> int:
-        """How many there are."""
-        return len(self.scale)
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether every number is."""
-        return bool(self.scale.isfinite().all() and self.shift.isfinite().all())
-
-    @property
-    def only_scales(self) -> bool:
-        """Whether zeros stay zeros."""
-        return not self.shift.any()
-
-    def then(self, other: Affine) -> Affine:
-        """First this one, then another."""
-        return Affine(other.scale * self.scale, other.scale * self.shift + other.shift)
-
-    def repeated(self, times: int) -> Affine:
-        """For channels that are each so many features, as flattening makes them."""
-        return Affine(self.scale.repeat_interleave(times), self.shift.repeat_interleave(times))
-
-    def __call__(self, x: Float[Tensor, "..."], dim: int = 1) -> Float64[Tensor, "..."]:
-        """Of a tensor whose channels lie along `dim`."""
-        shape = [1] * x.ndim
-        shape[dim] = -1
-        return _wide(x) * self.scale.view(shape) + self.shift.view(shape)
-
-
+@torch.inference_mode(False)  # where nothing could learn that is made
 def folded_parameters(
     module: Linear, taken: Affine, given: Affine
 ) -> tuple[nn.Parameter, nn.Parameter | None]:
@@ -142,8 +85,7 @@ def _groups(module: Linear) -> int:
     return 1 if isinstance(module, nn.Linear) else module.groups
 
 
-def _wide(tensor: object) -> Tensor:
-    assert isinstance(tensor, Tensor)
+def _wide(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float64)
 
 

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.layers.base import BatchNorm
+from batchnorm.models.affine import Affine, computes
+from batchnorm.models.calling import copied
+from batchnorm.models.comparison import difference, tolerance
 from batchnorm.models.graph import Graph
-from batchnorm.models.norms import TorchBatchNorm
+from batchnorm.models.norms import TorchBatchNorm, has_usual_forward
 from batchnorm.models.tracing import is_hooked
 from batchnorm.repair.folding.affine import (
-    Affine,
     Linear,
     channels_given,
     channels_taken,
@@ -21,7 +23,7 @@ from batchnorm.repair.folding.affine import (
 )
 from batchnorm.repair.folding.change import Change
 from batchnorm.repair.folding.folded import FoldedBatchNorm
-from batchnorm.repair.folding.trial import Call, copied, default_tolerance, difference
+from batchnorm.repair.folding.trial import Call
 from batchnorm.statistics import Running
 
 __all__ = [
@@ -97,12 +99,11 @@ def has_own_forward(module: nn.Module) -> bool:
     if "forward" in vars(module):
         return True
     if isinstance(module, TorchBatchNorm):
-        return kind.forward not in _NORMS
+        return not has_usual_forward(module)
     convolves = getattr(kind, "_conv_forward", _CONVS[0])
     return kind.forward not in _LINEARS or convolves not in _CONVS
 
 
-_NORMS = (TorchBatchNorm.forward, nn.SyncBatchNorm.forward, BatchNorm.forward)
 _LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LINEARS = tuple(kind.forward for kind in (*_LINEAR, *_TRANSPOSED))
@@ -125,12 +126,14 @@ def norm_of(path: str, module: nn.Module, calls: Mapping[nn.Module, Call]) -> No
         raise UnfitError("it is the model itself; put it into a torch.nn.Sequential")
     if is_hooked(module):
         raise UnfitError("it has hooks, which would not be called any more")
+    if not isinstance(getattr(module, "eps", None), float):
+        raise UnfitError("it does not tell its eps; set .eps to what its forward uses")
     affine = Affine.of(module)
     if not (affine.is_finite and all(bool(t.isfinite().all()) for t in module.buffers(False))):
         raise UnfitError("its statistics or parameters are not finite, or var + ε is not > 0")
     rest = _rest(module, affine)
     call = calls.get(module)
-    if call is not None and not _computes(module, call, affine, rest):
+    if call is not None and not _computes(module, call, rest):
         raise UnfitError("its own forward computes something else")
     return Norm(path, module, affine, rest)
 
@@ -148,23 +151,10 @@ def _rest(norm: nn.Module, affine: Affine) -> nn.Module:
     return rest
 
 
-def _computes(norm: nn.Module, call: Call, affine: Affine, rest: nn.Module) -> bool:
-    """Whether a norm with a forward of its own computes rest(affine(x))."""
-    x = call.input
-    if not isinstance(x, Tensor) or len(call.args) + len(call.kwargs) != 1:
-        return False
-    # the example's, and one that the norm makes large and small, whatever it is made for
-    wide = torch.linspace(-10, 10, x.numel(), dtype=torch.float64).view_as(x)
-    scale = affine.scale.where(affine.scale != 0, 1)
-    asked = Affine(1 / scale, -affine.shift / scale)(wide).to(x)
-    try:
-        return all(
-            difference([norm(given.clone())], [rest(affine(given).to(given))])
-            <= default_tolerance([given])
-            for given in (x, asked)
-        )
-    except Exception:  # a forward of its own may do anything
-        return False
+def _computes(norm: nn.Module, call: Call, rest: nn.Module) -> bool:
+    """Whether a norm with a forward of its own computes rest(scale·x + shift)."""
+    alone = isinstance(call.input, Tensor) and len(call.args) + len(call.kwargs) == 1
+    return alone and computes(norm, rest, call.input)
 
 
 def check_linear(module: Linear, tied: Tied, call: Call | None) -> None:
@@ -205,4 +195,4 @@ def _is_linear_in_its_weight(module: Linear, call: Call) -> bool:
         expected = asked(call.output, dim)
     except Exception:  # a forward of its own may do anything
         return False
-    return difference([output], [expected]) <= default_tolerance([call.output])
+    return difference([output], [expected]) <= tolerance([call.output])

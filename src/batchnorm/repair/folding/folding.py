@@ -10,16 +10,17 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from batchnorm.models.calling import Forward, call
+from batchnorm.models.calling import Forward, call, tensors_of
+from batchnorm.models.comparison import difference
+from batchnorm.models.comparison import tolerance as default_tolerance
 from batchnorm.models.compiled import original
-from batchnorm.models.graph import is_frozen_norm
-from batchnorm.models.norms import TorchBatchNorm, Where, is_meant
+from batchnorm.models.norms import TorchBatchNorm, Where, is_frozen_norm, is_meant
 from batchnorm.models.snapshot import left_as_it_was
 from batchnorm.repair.folding.change import Change
 from batchnorm.repair.folding.fitness import uses_batch
 from batchnorm.repair.folding.plan import Plan
 from batchnorm.repair.folding.survey import survey
-from batchnorm.repair.folding.trial import Trial, default_tolerance, difference, tensors_of
+from batchnorm.repair.folding.trial import Trial
 from batchnorm.repair.table import table
 
 __all__ = ["Folding", "fold"]
@@ -72,8 +73,8 @@ def fold(
     Returns what was done; see `Folding`.
 
     Raises `ValueError` for a model in training mode, without an order that can be read, that is
-    lazy or on the meta device, for a `where` that names nothing, and for answers that are not
-    finite; `ArithmeticError` where the answers differ by more than the tolerance; and what the
+    lazy or on the meta device, for a `where` that names nothing, and for answers that hold NaN
+    before; `ArithmeticError` where the answers differ by more than the tolerance; and what the
     model raises. The model is then what it was.
 
     Source: Jacob et al. 2018, "Quantization and training of neural networks for efficient

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from batchnorm.models.affine import Affine
 from batchnorm.models.graph import Graph, Node
 from batchnorm.repair.folding.affine import (
-    Affine,
     Linear,
     Transposed,
     channels_given,
@@ -142,9 +142,9 @@ class _Planner:
         """Whether a linear module's output goes to a norm alone."""
         node = call
         while len(self._consumers[node]) == 1:
-            (node,) = self._consumers[node]
+            given, (node,) = node, self._consumers[node]
             if node.module is norm.module:
-                return True
+                return node.source is given  # and not as its residual
             if not self._passes(node):
                 return False
         return False

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from batchnorm.layers import DomainBatchNorm
 from batchnorm.models.calling import Forward
 from batchnorm.models.graph import Graph, is_linear
+from batchnorm.models.norms import layers_of_domains
 from batchnorm.models.tracing import graph_of
 from batchnorm.repair.folding.affine import Linear, folded_parameters
 from batchnorm.repair.folding.change import Change
@@ -76,8 +76,7 @@ def _fit(
     calls: Mapping[nn.Module, Call],
 ) -> tuple[list[Norm], dict[str, str]]:
     """The batch norms that are constants; and why the others are none."""
-    domains = [m for m in model.modules() if isinstance(m, DomainBatchNorm)]
-    of_domains = {layer for domain in domains for layer in domain.modules()}
+    of_domains = layers_of_domains(model)
     fit: list[Norm] = []
     refused: dict[str, str] = {}
     for path, module in norms.items():

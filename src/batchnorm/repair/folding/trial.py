@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.models.calling import Forward, with_tensors
+from batchnorm.models.calling import Forward, copied, tensors_of
 from batchnorm.models.snapshot import repeatable
 from batchnorm.repair.folding.change import Change
 
-__all__ = ["Call", "Trial", "copied", "default_tolerance", "difference", "tensors_of"]
+__all__ = ["Call", "Trial"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,46 +108,3 @@ def _watched(modules: Iterable[nn.Module], noted: list[tuple[nn.Module, Call]]) 
                 module.register_forward_hook(after, with_kwargs=True, always_call=True)
             )
         yield
-
-
-def copied(values: Any) -> Any:
-    """The same values in tensors of their own."""
-    return with_tensors(values, lambda tensor: tensor.detach().clone())
-
-
-def tensors_of(values: Any) -> list[Tensor]:
-    """Every tensor in what a model returns."""
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    with_tensors(values, note)
-    return found
-
-
-def difference(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest of max |a − b| / max |b| over the pairs; infinite where they do not compare."""
-    if [t.shape for t in ours] != [t.shape for t in expected]:
-        return math.inf
-    return max((_difference(a, b) for a, b in zip(ours, expected, strict=True)), default=0.0)
-
-
-def _difference(ours: Tensor, expected: Tensor) -> float:
-    if not expected.numel():
-        return 0.0
-    dtype = torch.complex128 if expected.is_complex() else torch.float64
-    ours, expected = ours.to("cpu", dtype), expected.to("cpu", dtype)
-    apart = (ours - expected).abs().masked_fill(ours == expected, 0)  # of ∞ and ∞ too
-    finite = expected.abs().masked_fill(expected.isinf(), 0)
-    off, size = float(apart.max()), float(finite.max())
-    if off == 0:
-        return 0.0
-    return off / size if size and math.isfinite(off) else math.inf
-
-
-def default_tolerance(tensors: Iterable[Tensor]) -> float:
-    """1e-5, and more where the coarsest of the tensors' dtypes does not resolve that."""
-    floating = {t.dtype for t in tensors if t.is_floating_point()}
-    return max(1e-5, *(10 * torch.finfo(dtype).eps for dtype in floating), 0.0)

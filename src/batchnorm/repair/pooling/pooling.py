@@ -21,7 +21,7 @@ from batchnorm.kernels import IDENTITY
 from batchnorm.layers import BatchNorm
 from batchnorm.models.calling import Forward, call
 from batchnorm.models.compiled import is_compiled
-from batchnorm.models.norms import TorchBatchNorm, batch_norms
+from batchnorm.models.norms import TorchBatchNorm, batch_norms, has_usual_forward
 from batchnorm.models.snapshot import undone_on_failure
 from batchnorm.repair.accumulation import is_accumulated, is_recomputation, ranks_of
 from batchnorm.repair.pooling.lockstep import ask, in_lockstep
@@ -191,7 +191,6 @@ def _check_together(path: str, xs: Sequence[Tensor]) -> None:
         )
 
 
-_USUAL = (TorchBatchNorm.forward, nn.SyncBatchNorm.forward, BatchNorm.forward)
 _POOLED = (Batch(), Running(), Untracked(Batch()), Untracked(Running()))
 
 
@@ -222,7 +221,7 @@ def _checked(model: nn.Module, batches: Sequence[Any]) -> dict[str, TorchBatchNo
 def _check_layer(path: str, norm: TorchBatchNorm) -> None:
     if any(is_lazy(tensor) for tensor in (*norm.parameters(), *norm.buffers())):
         raise ValueError(f"{path} is lazy and has no shape yet; call the model with a batch first")
-    if type(norm).forward not in _USUAL or "forward" in vars(norm):
+    if not has_usual_forward(norm):
         raise TypeError(
             f"{path} is a {type(norm).__name__} with a forward of its own, of which nobody knows "
             "what it does beside normalizing; use torch.nn's layer or batchnorm's"
