@@ -491,9 +491,9 @@ def poisoned(buffer, value):
         (network, {"prior": -1}, "prior is a number of samples"),
         (network, {"prior": math.nan}, "prior is a number of samples"),
         (network, {"memory": 0}, "memory is a number of samples"),
-        (network, {"where": "9.*"}, "needs batch norm layers with running statistics, got 0"),
+        (network, {"where": "9.*"}, "needs batch norm layers with running statistics"),
         (lambda: nn.Linear(2, 2), {}, "needs batch norm layers"),
-        (lambda: nn.BatchNorm1d(2, track_running_stats=False), {}, "got 1 layers without them"),
+        (lambda: nn.BatchNorm1d(2, track_running_stats=False), {}, "none of 1 has any"),
         (lambda: nn.Sequential(nn.LazyBatchNorm1d()), {}, "lazy or on the meta device"),
         (lambda: nn.BatchNorm1d(2, device="meta"), {}, "lazy or on the meta device"),
         (lambda: poisoned("running_mean", math.nan), {}, "recalibrate"),
@@ -533,3 +533,25 @@ def test_caps_out_of_range_are_refused():
 def test_what_is_no_module_is_refused():
     with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module, got dict"):
         adapt({})
+
+
+@pytest.mark.as_installed
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"cap": 3}, "cap must be a Cap, such as"),
+        ({"entropy": True}, "entropy must be an Entropy, such as"),
+        ({"prior": "8"}, "prior must be a number of samples, got '8'"),
+        ({"memory": "8"}, "memory must be a number of samples, got '8'"),
+    ],
+)
+def test_options_of_another_type_are_refused(options, said):
+    with pytest.raises(TypeError, match=said):
+        adapt(nn.Sequential(nn.BatchNorm1d(3)).eval(), **options)
+
+
+def test_a_where_that_names_nothing_and_a_model_without_layers_are_refused():
+    with pytest.raises(ValueError, match="where='zz' names none"):
+        adapt(nn.Sequential(nn.BatchNorm1d(3)).eval(), where="zz")
+    with pytest.raises(ValueError, match="the model has none; one that was folded"):
+        adapt(nn.Sequential(nn.Linear(3, 3)).eval())

@@ -731,3 +731,16 @@ def test_switches_are_read_off_any_layer():
     for layer, switches in layers.items():
         assert isinstance(layer, TorchBatchNorm)
         assert Switches.of(layer) == Switches(*switches)
+
+
+def test_a_freeze_under_another_is_undone_after_it():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    first = freeze(model)
+    second = freeze(model, updates=True)
+    with pytest.raises(ValueError, match="0 has been frozen otherwise since; undo that first"):
+        first.undo()
+    assert Switches.of(model[0]) == second.layers[0].after
+    second.undo()
+    first.undo()
+    assert type(model[0]) is nn.BatchNorm1d
+    assert Switches.of(model[0]) == Switches("batch", True, True)

@@ -212,3 +212,18 @@ def test_bad_input():
             parameter_groups(nn.Linear(2, 2), decay)
     with pytest.raises(ValueError, match="takes no params="):
         parameter_groups(nn.Linear(2, 2), 0.1, params=[])
+
+
+def test_another_model_s_optimizer_has_nothing_to_split():
+    optimizer = torch.optim.SGD(nn.BatchNorm1d(3).parameters(), lr=0.1, weight_decay=0.1)
+    with pytest.raises(ValueError, match="none of the model's γ, β and biases"):
+        parameter_groups(nn.BatchNorm1d(3), optimizer=optimizer)
+
+
+@pytest.mark.as_installed
+def test_what_is_no_number_and_no_optimizer_is_refused():
+    optimizer = torch.optim.SGD(nn.BatchNorm1d(3).parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="weight_decay must be a number, got SGD"):
+        parameter_groups(nn.BatchNorm1d(3), optimizer)
+    with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer, got 'sgd'"):
+        parameter_groups(nn.BatchNorm1d(3), optimizer="sgd")

@@ -805,6 +805,18 @@ def test_what_was_done_is_told():
         "  kernels turned: 1 convolution, 1 linear layer",
         "  filled in: 1.weight",
         "  dropped: seed/seed_generator_state",
+        "  wrong if behind a Flatten, say so by flattened=: 3.weight",
     ]
     alone = port(norm(), "keras", model=nn.BatchNorm1d(4), renamed={"bn": ""})
     assert "\n  the model  bn" in repr(alone)
+
+
+def test_linear_layers_that_may_lie_behind_a_flatten_are_named():
+    weights = {"conv/kernel": np.ones((3, 3, 2, 4)), "dense/kernel": np.ones((16, 5))}
+    weights |= {f"norm/{name}": np.ones(4) for name in ("moving_mean", "moving_variance")}
+    told = port(weights, "keras")
+    assert told.unflattened == ("dense.weight",)
+    assert "wrong if behind a Flatten, say so by flattened=: dense.weight" in repr(told)
+    assert port(weights, "keras", flattened={"dense": (2, 2, 4)}).unflattened == ()
+    del weights["conv/kernel"]
+    assert port(weights, "keras").unflattened == ()

@@ -65,10 +65,17 @@ def parameter_groups(
         apart |= {id(parameter) for name, parameter in names if _is_bias(name)}
     if optimizer is not None:
         _check_optimizer(optimizer, weight_decay, options)
+        if not apart & {id(p) for group in optimizer.param_groups for p in group["params"]}:
+            raise ValueError(
+                "the optimizer has none of the model's γ, β and biases, so there is nothing to "
+                "split; pass the model whose parameters it was given"
+            )
         optimizer.param_groups[:] = [
             part for group in optimizer.param_groups for part in _split(group, apart)
         ]
         return optimizer.param_groups
+    if not isinstance(weight_decay, (int, float, type(None))):
+        raise TypeError(f"weight_decay must be a number, got {weight_decay!r}")
     if weight_decay is None or not (math.isfinite(weight_decay) and weight_decay >= 0):
         raise ValueError(f"weight_decay must be finite and at least 0, got {weight_decay}")
     if "params" in options:
@@ -98,6 +105,8 @@ def _check_optimizer(
         raise ValueError(
             f"an optimizer's groups have settings of their own, got {', '.join(given)} beside it"
         )
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
     if any("initial_lr" in group for group in optimizer.param_groups):
         raise ValueError(
             "the optimizer has a learning rate scheduler, which notes its groups when it is made; "

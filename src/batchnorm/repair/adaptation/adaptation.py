@@ -97,6 +97,8 @@ def adapt(
     entropy minimization", section 3.
     """
     settings = _settings(prior, memory, cap)
+    if entropy is not None and not isinstance(entropy, Entropy):
+        raise TypeError(f"entropy must be an Entropy, such as Entropy(), or None, got {entropy!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"adapt takes a torch.nn.Module, got {type(model).__name__}")
     layers = _adaptable(model, where)
@@ -256,6 +258,11 @@ def _told(progress: Progress | None) -> Iterator[str]:
 
 
 def _settings(prior: int | float, memory: int | float | None, cap: Cap | None) -> Settings:
+    for name, number in (("prior", prior), ("memory", 1 if memory is None else memory)):
+        if not isinstance(number, (int, float)):
+            raise TypeError(f"{name} must be a number of samples, got {number!r}")
+    if cap is not None and not isinstance(cap, Cap):
+        raise TypeError(f"cap must be a Cap, such as Cap(mean=1, std=2), or None, got {cap!r}")
     if not prior >= 0:
         raise ValueError(
             f"prior is a number of samples, from 0 (the batch alone) to math.inf (the running "
@@ -279,10 +286,10 @@ def _adaptable(model: nn.Module, where: Where) -> dict[str, TorchBatchNorm]:
     norms = {path: norm for path, norm in batch_norms(model).items() if is_meant(path, norm, where)}
     found = {path: norm for path, norm in norms.items() if norm.running_mean is not None}
     if not found:
-        raise ValueError(
-            f"adapt needs batch norm layers with running statistics, got {len(norms)} layers "
-            f"without them{'' if where is None else f' by where={where!r}'}"
-        )
+        among = f"none of {len(norms)} has any" if norms else f"where={where!r} names none"
+        if not batch_norms(model):
+            among = "the model has none; one that was folded has its statistics in its weights"
+        raise ValueError(f"adapt needs batch norm layers with running statistics: {among}")
     for path, norm in found.items():
         _check_source(path, norm)
     return found

@@ -44,8 +44,16 @@ class Freezing:
     def undo(self) -> None:
         """Give the layers the switches back that they had; what was learned since stays.
 
-        Raises `TypeError` where a layer's class has been replaced since. Then nothing is changed.
+        Raises `ValueError` where a layer has been frozen otherwise since, which has to be undone
+        first, and `TypeError` where its class has been replaced. Then nothing is changed.
         """
+        for frozen, earlier in zip(self.layers, self._earlier, strict=True):
+            now = Switches.of(earlier.layer)
+            same = (now.statistics, now.updates) == (frozen.after.statistics, frozen.after.updates)
+            if is_frozen(earlier.layer) and not same:
+                raise ValueError(
+                    f"{shown(frozen.path)} has been frozen otherwise since; undo that first"
+                )
         with _undone_on_failure(self._model, (earlier.layer for earlier in self._earlier)):
             for earlier in self._earlier:
                 earlier.put_back()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from batchnorm.repair.porting.kernels import LINEAR
 from batchnorm.repair.porting.layers import Ported, is_norm, port_layer, unbiased
 from batchnorm.repair.porting.models import Settings, Target, in_order, settings_of, some
 from batchnorm.repair.porting.options import Renamed, by_layer, renamed_paths
@@ -105,11 +106,19 @@ def port(
     for path, layer in reading.layers.items():
         place = places[path]
         _port_into(porting, place, path, layer, modules.get(place), options, conventions)
+    porting = replace(porting, unflattened=_unflattened(porting, flattened or {}))
     if target is not None:
         porting.state_dict.update(target.fitted(porting.state_dict, porting.names))
         settings = {place: norm.settings for place, norm in porting.norms.items()}
         target.load(porting.state_dict, settings)
     return porting
+
+
+def _unflattened(porting: Porting, flattened: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
+    """Linear layers beside convolutions whose features may come in another order."""
+    if flattened or all(kind == LINEAR for kind in porting.kernels.values()):
+        return ()
+    return tuple(n for n, kind in porting.kernels.items() if kind == LINEAR)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -126,6 +135,8 @@ class Porting:
     - `kernels`: by name, which layer a kernel is of that was turned.
     - `unchanged`: names of what is not known here and was passed on as it was.
     - `dropped`: the source's names of what is no weight, such as the state of a generator.
+    - `unflattened`: linear layers of a network with convolutions that were taken for such as have
+      no Flatten before them, since `flattened` did not name them.
     """
 
     source: str
@@ -136,6 +147,7 @@ class Porting:
     kernels: dict[str, str] = field(default_factory=dict)
     unchanged: list[str] = field(default_factory=list)
     dropped: tuple[str, ...] = ()
+    unflattened: tuple[str, ...] = ()
     _before: _Before | None = field(default=None, repr=False)
 
     def undo(self) -> None:
@@ -170,6 +182,7 @@ class Porting:
             "filled in": [n for n in self.filled if not n.endswith("num_batches_tracked")],
             "passed on unchanged": self.unchanged,
             "dropped": self.dropped,
+            "wrong if behind a Flatten, say so by flattened=": self.unflattened,
         }
         lines += [f"  {what}: {some(names)}" for what, names in said.items() if names]
         return "\n".join(lines)
