@@ -44,5 +44,5 @@ def test_the_tolerance_is_that_of_the_coarsest_dtype():
     tensors = [torch.ones(1, dtype=d) for d in (torch.float64, torch.bfloat16, torch.int64)]
     assert tolerance(tensors) == 10 * 2.0**-7
     assert tolerance(tensors[:1]) == 1e-5
-    assert tolerance(tensors[:1], least=0.0, resolutions=4) == 4 * 2.0**-52
+    assert tolerance(tensors[:1], least=0.0, resolutions=4.0) == 4 * 2.0**-52
     assert tolerance([], least=0.0) == 0.0

@@ -60,7 +60,8 @@ def convert(
 
     - `to`: what to make of them.
       - "batchnorm": this library's, and with a policy such as `Ghost(32)` those; torchvision's
-        FrozenBatchNorm2d frozen, timm's BatchNormAct2d with its activation.
+        FrozenBatchNorm2d, and what holds and computes the same, frozen; timm's BatchNormAct2d
+        with its activation.
       - "torch": `torch.nn`'s BatchNorm1d, 2d or 3d; "sync": `torch.nn.SyncBatchNorm`.
       - "original": what each was before it was converted first.
       - "group_norm": `torch.nn.GroupNorm`; "instance_norm": `torch.nn.InstanceNorm`;
