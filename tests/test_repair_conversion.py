@@ -14,6 +14,8 @@ from torch import nn
 import batchnorm
 from batchnorm import Batch, Ghost, Renorm, Running
 from batchnorm.layers import BatchNorm
+from batchnorm.repair.accumulation import accumulate
+from batchnorm.repair.adaptation import adapt
 from batchnorm.repair.conversion import convert, work
 from batchnorm.repair.freezing import freeze, unfreeze
 
@@ -486,3 +488,15 @@ def test_a_layer_that_freeze_holds_is_left_with_the_way_to_convert_it():
     unfreeze(model)
     convert(model, to="batchnorm")
     assert type(model[0]) is OURS[2]
+
+
+@pytest.mark.parametrize("hook", [adapt, lambda model: accumulate(model, 2)])
+def test_hooks_that_ask_for_batch_norms_are_to_be_removed_first(hook):
+    model = nn.Sequential(nn.BatchNorm2d(4)).eval()
+    handle = hook(model)
+    with pytest.raises(ValueError, match=r"remove\(\) them before converting"):
+        convert(model, to="group_norm")
+    assert type(model[0]) is nn.BatchNorm2d
+    handle.remove()
+    convert(model, to="group_norm")
+    assert type(model[0]) is nn.GroupNorm

@@ -14,7 +14,10 @@ from batchnorm.models.calling import Forward, copied, tensors_of
 from batchnorm.models.graph import Effect, Graph, Node
 from batchnorm.models.snapshot import left_as_it_was
 
-__all__ = ["graph_of_pass"]
+__all__ = ["BY_HOOKS", "graph_of_pass"]
+
+BY_HOOKS = "hooks on one pass"
+"""What such a graph says that it was read by."""
 
 aten = torch.ops.aten
 
@@ -43,7 +46,7 @@ def graph_of_pass(
         del given  # ours, and not kept by the model
         watched.end()
         del result
-    return Graph("hooks on one pass", watched.nodes, watched.taken).count_users()
+    return Graph(BY_HOOKS, watched.nodes, watched.taken).count_users()
 
 
 class _Pass(TorchDispatchMode):

@@ -21,6 +21,7 @@ from batchnorm.repair.adaptation.statistics import (
     CurrentStream,
     LayerDrift,
     Settings,
+    is_adapted,
     trains,
 )
 from batchnorm.repair.table import shown, table
@@ -307,7 +308,7 @@ def _check_source(path: str, norm: TorchBatchNorm) -> None:
             f"{shown(path)!r} has running statistics that are not finite, from which nothing can "
             "be adapted; recalibrate(model, batches) first"
         )
-    if any(isinstance(hook, AdaptedLayer) for hook in norm._forward_pre_hooks.values()):
+    if is_adapted(norm):
         raise ValueError(f"{shown(path)!r} is adapted already; remove() that adaptation first")
 
 

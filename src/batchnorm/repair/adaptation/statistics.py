@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchnorm.functional import moments
 from batchnorm.kernels import accumulator, compute_dtype
@@ -314,3 +314,9 @@ def _faded(moments: Moments, factor: Float[Tensor, ""]) -> Moments:
 def _choose(first: Bool[Tensor, ""], one: Moments, other: Moments) -> Moments:
     pairs = zip(vars(one).values(), vars(other).values(), strict=True)
     return Moments(*(a.where(first, b) for a, b in pairs))
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a layer of the model, or the layer itself, is adapted to a stream."""
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    return any(isinstance(hook, AdaptedLayer) for hook in hooks)

@@ -14,6 +14,8 @@ from batchnorm.models.calling import Forward
 from batchnorm.models.comparison import difference, tolerance
 from batchnorm.models.compiled import original
 from batchnorm.models.norms import Where, is_meant
+from batchnorm.repair.accumulation import is_accumulated
+from batchnorm.repair.adaptation.statistics import is_adapted
 from batchnorm.repair.conversion.biases import biased
 from batchnorm.repair.conversion.observation import Observation
 from batchnorm.repair.conversion.optimizer import release
@@ -94,6 +96,11 @@ def convert(
     """
     name, options = _asked(to, fuse, groups, process_group)
     _check(model, optimizer)
+    if name not in (*LOSSLESS, _DROP_BIAS) and (is_adapted(model) or is_accumulated(model)):
+        raise ValueError(
+            f"hooks of adapt or accumulate on the model ask for batch norms, which {name} has not; "
+            "remove() them before converting"
+        )
     model = original(model)
     # a pass would make a lazy layer an ordinary one
     watched = example is not None and not is_lazy_model(model)

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from batchnorm.models.calling import Forward
 from batchnorm.models.graph import Graph, is_linear
 from batchnorm.models.norms import layers_of_domains
+from batchnorm.models.one_pass import BY_HOOKS
 from batchnorm.models.tracing import graph_of
-from batchnorm.repair.folding.affine import Linear, folded_parameters
+from batchnorm.repair.folding.affine import (
+    Linear,
+    channels_given,
+    channels_taken,
+    folded_parameters,
+)
 from batchnorm.repair.folding.change import Change
 from batchnorm.repair.folding.fitness import (
     Norm,
@@ -53,6 +59,8 @@ def survey(
     tied = Tied(model, graph)
     fit, refused = _fit(model, norms, tied, calls)
     unfit = _unfit(graph, tied, calls)
+    if graph.read_by == BY_HOOKS:
+        unfit = _sometimes_normalized(graph, norms) | unfit
     while True:
         plan = plan_of(graph, fit, ndims, unfit)
         parameters = {
@@ -100,6 +108,24 @@ def _unfit(graph: Graph, tied: Tied, calls: Mapping[nn.Module, Call]) -> dict[nn
             except UnfitError as reason:
                 unfit[module] = str(reason)
     return unfit
+
+
+def _sometimes_normalized(graph: Graph, norms: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
+    """Linear modules that norms may lie beside which another example would go through.
+
+    One pass shows one way through the model; where torch.fx reads it, there is no other.
+    """
+    called = {node.module for node in graph.nodes}
+    waiting = {
+        len(norm.running_mean)
+        for norm in norms.values()
+        if norm not in called and isinstance(norm.running_mean, Tensor)
+    }
+    return {
+        module: "the model has norms that it calls at other times, perhaps beside it"
+        for module in called
+        if isinstance(module, Linear) and {channels_given(module), channels_taken(module)} & waiting
+    }
 
 
 def _is_finite(parameters: tuple[nn.Parameter, nn.Parameter | None]) -> bool:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.models.norms import TorchBatchNorm, Where, batch_norms, is_meant
-from batchnorm.repair.adaptation.statistics import AdaptedLayer
+from batchnorm.repair.adaptation.statistics import is_adapted
 from batchnorm.repair.freezing.layers import Switches
 from batchnorm.repair.table import shown
 
@@ -69,7 +69,7 @@ def _is_frozen(layer: TorchBatchNorm, trains: bool) -> bool:
 def _check_not_adapted(model: nn.Module) -> None:
     """Adapted layers move their inputs by what they remember, and would remember the batches."""
     for path, layer in batch_norms(model).items():
-        if any(isinstance(hook, AdaptedLayer) for hook in layer._forward_pre_hooks.values()):
+        if is_adapted(layer):
             raise ValueError(
                 f"{shown(path)!r} is adapted to what it is given, so that its statistics would "
                 "not be those of the batches; remove() the adaptation first"
