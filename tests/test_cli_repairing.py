@@ -168,7 +168,7 @@ def test_fold_writes_weights_for_the_model_without_its_norm(here):
         *("--data", "repairable.py:loader", "-o", "out.safetensors"),
     )
     assert result.exit_code == 0, result.output
-    assert "Folding: 1 of 1 batch norms" in result.output
+    assert "Folding: 1 of 1 batch norm" in result.output
     model, folded = here["make"]().eval(), here["folded"]()
     model.load_state_dict(load_file("in.safetensors"))
     folded.load_state_dict(load_file("out.safetensors"))

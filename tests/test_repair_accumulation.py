@@ -654,7 +654,7 @@ def test_it_says_what_plain_accumulation_misses():
     for part in ([[-1.0], [1.0]], [[9.0], [11.0]]):  # variance 2 each; 34 2/3 together
         model(torch.tensor(part))
     assert repr(accumulation) == (
-        "Accumulation: 2 layers, one update for 2 passes; 2 passes seen, 1 updates made\n"
+        "Accumulation: 2 layers, one update for 2 passes; 2 passes seen, 1 update made\n"
         "  layer  std of the batch to that of its parts\n"
         f"  0      ×{math.sqrt(34 + 2 / 3) / math.sqrt(2):.3f}\n"
         f"  1      ×{math.sqrt(4 / 3 / 2):.3f}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchnorm.repair.table import table
+from batchnorm.repair.table import counted, table
 
 
 def test_columns_line_up_without_white_space_at_the_end():
@@ -17,3 +17,9 @@ def test_of_many_rows_the_first_are_shown_and_the_others_counted():
 
 def test_without_rows_there_is_a_title_alone():
     assert table("Repair: nothing to do", ["layer"], []) == "Repair: nothing to do"
+
+
+def test_one_is_counted_as_one():
+    said = [counted(0, "layer"), counted(1, "layer"), counted(1200, "layer")]
+    assert said == ["0 layers", "1 layer", "1,200 layers"]
+    assert counted(2, "batch", "batches") == "2 batches"

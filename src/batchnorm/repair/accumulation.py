@@ -20,7 +20,7 @@ from batchnorm.models.frames import is_running
 from batchnorm.models.norms import TorchBatchNorm, batch_norms
 from batchnorm.models.snapshot import undone_on_failure
 from batchnorm.moments import Moments
-from batchnorm.repair.table import table
+from batchnorm.repair.table import counted, shown, table
 
 __all__ = ["Accumulation", "accumulate", "is_accumulated", "is_recomputation", "ranks_of"]
 
@@ -158,10 +158,13 @@ class Accumulation:
 
     def __repr__(self) -> str:
         title = (
-            f"Accumulation: {len(self._layers)} layers, one update for {self.steps} passes; "
-            f"{self.passes} passes seen, {self.updates} updates made"
+            f"Accumulation: {counted(len(self._layers), 'layer')}, one update for {self.steps} "
+            f"passes; {counted(self.passes, 'pass', 'passes')} seen, "
+            f"{counted(self.updates, 'update')} made"
         )
-        rows = [[layer.path, layer.shown()] for layer in self._layers.values() if layer.spread]
+        rows = [
+            [shown(layer.path), layer.shown()] for layer in self._layers.values() if layer.spread
+        ]
         return table(title, ["layer", "std of the batch to that of its parts"], rows)
 
     def __getstate__(self) -> dict[str, Any]:

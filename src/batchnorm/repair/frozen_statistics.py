@@ -37,9 +37,13 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     library's move nothing while the block lasts. All others, instance norms and layers with a
     forward pass of their own, are lent copies, which move, and are taken from them at the end.
 
+    A copy of the model that is made inside stays so: copy it before or after.
+
     Raises `ValueError` for layers that are lazy still, and for scripted ones, whose buffers
-    cannot be lent.
+    cannot be lent; `TypeError` for what is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"frozen_statistics takes a torch.nn.Module, got {type(model).__name__}")
     flags: list[tuple[nn.Module, bool]] = []
     lent: list[tuple[nn.Module, str, Tensor]] = []
     for path, module in model.named_modules():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["shown", "table"]
+__all__ = ["counted", "shown", "table"]
 
 SHOWN = 12  # rows; a network has hundreds of layers
 
@@ -35,3 +35,8 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     if len(rows) > SHOWN:
         lines.append(f"  and {len(rows) - SHOWN} more")
     return "\n".join(lines)
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """How many of something: `1 layer`, `1,200 layers`, `2 batches`."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

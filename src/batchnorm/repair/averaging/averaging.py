@@ -21,7 +21,7 @@ from batchnorm.models.snapshot import undone_on_failure
 from batchnorm.moments import Moments
 from batchnorm.repair.averaging.states import ModelOrState, State, checked_states
 from batchnorm.repair.recalibration import Recalibration, recalibrate
-from batchnorm.repair.table import shown, table
+from batchnorm.repair.table import counted, shown, table
 
 __all__ = ["Averaging", "MergedLayer", "average"]
 
@@ -142,7 +142,7 @@ class Averaging:
         _copy(self._before)
 
     def __repr__(self) -> str:
-        layers = "1 layer" if len(self.layers) == 1 else f"{len(self.layers):,} layers"
+        layers = counted(len(self.layers), "layer")
         title = f"Averaging: {self.models:,} models, statistics of {layers} merged"
         head = ("layer", "means off", "at most", "std", "at most", "between means")
         rows = [

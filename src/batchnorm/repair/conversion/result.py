@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from batchnorm.repair.table import table
+from batchnorm.repair.table import counted, table
 
 __all__ = ["Conversion", "Made"]
 
@@ -67,7 +67,7 @@ class Conversion:
 
     def __repr__(self) -> str:
         number = len(self.converted)
-        counts = [f"{number} layer" + "s" * (number != 1)]
+        counts = [counted(number, "layer")]
         counts += [f"{len(self.fused)} fused"] if self.fused else []
         counts += [f"{len(self.skipped)} skipped"] if self.skipped else []
         text = f"Conversion to {self.to}: {', '.join(counts)}"

@@ -21,7 +21,7 @@ from batchnorm.repair.folding.fitness import uses_batch
 from batchnorm.repair.folding.plan import Plan
 from batchnorm.repair.folding.survey import survey
 from batchnorm.repair.folding.trial import Trial
-from batchnorm.repair.table import table
+from batchnorm.repair.table import counted, table
 
 __all__ = ["Folding", "fold"]
 
@@ -139,7 +139,7 @@ class Folding:
 
     def _lines(self) -> Iterator[str]:
         total = len(self.folded) + len(self.refused)
-        title = f"Folding: {len(self.folded)} of {total} batch norms"
+        title = f"Folding: {len(self.folded)} of {counted(total, 'batch norm')}"
         if self.folded:
             title += f", outputs differ by {self.difference:.1e}"
         if self.seconds_before is not None and self.seconds_after is not None:

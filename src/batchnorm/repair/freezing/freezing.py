@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.models.norms import TorchBatchNorm, Where, batch_norms, is_meant
 from batchnorm.models.snapshot import undone_on_failure
 from batchnorm.repair.freezing.layers import Earlier, Switches, freeze_layer, is_frozen, thaw
-from batchnorm.repair.table import shown, table
+from batchnorm.repair.table import counted, shown, table
 
 __all__ = ["Freezing", "Frozen", "Switches", "freeze", "unfreeze"]
 
@@ -76,8 +76,10 @@ class Freezing:
             rows.append(
                 (shown(layer.path), *(" → ".join(dict.fromkeys(change)) for change in changes))
             )
-        title = f"Freezing: {_many(self.layers, 'layer')}, {_many(self.parameters, 'parameter')}"
-        return table(title, ("layer", "statistics", "updated", "γ, β"), rows)
+        sizes = counted(len(self.layers), "layer"), counted(len(self.parameters), "parameter")
+        return table(
+            f"Freezing: {', '.join(sizes)}", ("layer", "statistics", "updated", "γ, β"), rows
+        )
 
 
 def freeze(
@@ -218,7 +220,3 @@ def _names(paths: Iterable[str]) -> str:
     paths = list(map(shown, paths))
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     return ", ".join(paths[:3]) + more
-
-
-def _many(what: tuple[object, ...], name: str) -> str:
-    return f"{len(what)} {name}{'' if len(what) == 1 else 's'}"

@@ -16,7 +16,7 @@ from batchnorm.repair.porting.models import Settings, Target, in_order, settings
 from batchnorm.repair.porting.options import Renamed, by_layer, renamed_paths
 from batchnorm.repair.porting.reading import Layer, read
 from batchnorm.repair.porting.sources import SOURCES, TORCH, Framework, Source
-from batchnorm.repair.table import shown, table
+from batchnorm.repair.table import counted, shown, table
 
 __all__ = ["PortedNorm", "Porting", "Settings", "port"]
 
@@ -165,8 +165,8 @@ class Porting:
         Target(model).load(values, settings)
 
     def __repr__(self) -> str:
-        counted = _counted(len(self.norms), "batch norm"), _counted(len(self.names), "tensor")
-        title = f"Porting from {self.source}: {', '.join(counted)}"
+        sizes = counted(len(self.norms), "batch norm"), counted(len(self.names), "tensor")
+        title = f"Porting from {self.source}: {', '.join(sizes)}"
         rows = [
             (
                 shown(place),
@@ -178,7 +178,7 @@ class Porting:
         lines = [table(title, ("layer", f"in {self.source}", "eps", "momentum"), rows)]
         kinds = Counter(self.kernels.values())
         said = {
-            "kernels turned": [_counted(n, kind) for kind, n in kinds.items()],
+            "kernels turned": [counted(n, kind) for kind, n in kinds.items()],
             "filled in": [n for n in self.filled if not n.endswith("num_batches_tracked")],
             "passed on unchanged": self.unchanged,
             "dropped": self.dropped,
@@ -322,7 +322,3 @@ def _change(norm: PortedNorm, setting: str) -> str:
 
 def _number(value: float | None) -> str:
     return "None" if value is None else f"{value:g}"
-
-
-def _counted(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"

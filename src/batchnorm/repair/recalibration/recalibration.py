@@ -23,7 +23,7 @@ from batchnorm.repair.recalibration.estimates import in_one_pass, layer_by_layer
 from batchnorm.repair.recalibration.layers import recalibrated_and_frozen
 from batchnorm.repair.recalibration.ranks import Ranks
 from batchnorm.repair.recalibration.stream import Stream, progress_bar
-from batchnorm.repair.table import shown, table
+from batchnorm.repair.table import counted, shown, table
 
 __all__ = ["Recalibration", "Shift", "recalibrate"]
 
@@ -169,7 +169,7 @@ class Recalibration:
 
     def __repr__(self) -> str:
         samples = f"{self.samples:,} samples in " if self.samples else ""
-        title = f"Recalibration: {_several(len(self.layers), 'layer')}, {samples}"
+        title = f"Recalibration: {counted(len(self.layers), 'layer')}, {samples}"
         rows = [
             (
                 shown(s.path),
@@ -181,7 +181,7 @@ class Recalibration:
             for s in self.layers
         ]
         head = ("layer", "mean moved", "at most", "std", "at most")
-        text = table(title + _several(self.batches, "batch", "batches"), head, rows)
+        text = table(title + counted(self.batches, "batch", "batches"), head, rows)
         for what, paths in (("never called", self.uncalled), ("frozen", self.frozen)):
             if paths:
                 text += f"\n{what}, left alone: {', '.join(map(shown, paths))}"
@@ -265,7 +265,3 @@ def _shift(
         stretch.mean().exp().item(),
         farthest.exp().item(),
     )
-
-
-def _several(count: int, one: str, many: str | None = None) -> str:
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
