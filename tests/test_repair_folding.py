@@ -969,12 +969,15 @@ def test_one_dimension_folds_by_ours():
     folded(model, torch.randn(2, 3, 9), {"1": ("0",)})
 
 
-def test_another_way_through_the_model_keeps_its_norms_and_what_lies_beside_them():
+@pytest.mark.parametrize("where", [None, ["one", "norm"]])
+@pytest.mark.parametrize("other", [{}, {"track_running_stats": False}])
+def test_another_way_through_the_model_keeps_its_norms_and_what_lies_beside_them(other, where):
     class Branching(nn.Module):
         def __init__(self):
             super().__init__()
             self.conv, self.next, self.last = (nn.Conv2d(*c, 1) for c in ((3, 4), (4, 5), (5, 2)))
-            self.one, self.other, self.norm = map(nn.BatchNorm2d, (4, 4, 2))
+            self.one, self.other = nn.BatchNorm2d(4), nn.BatchNorm2d(4, **other)
+            self.norm = nn.BatchNorm2d(2)
 
         def forward(self, x):
             norm = self.one if x.sum() > 0 else self.other
@@ -983,7 +986,7 @@ def test_another_way_through_the_model_keeps_its_norms_and_what_lies_beside_them
     model = randomized(Branching())
     x = torch.rand(2, 3, 4, 4)
     expected = [model(x), model(-x)]
-    result = fold(model, x, repeats=0)
+    result = fold(model, x, where=where, repeats=0)
     assert result.folded == {"norm": ("last",)}
     assert "norms that it calls at other times" in result.refused["one"]
     for given, answer in zip((x, -x), expected, strict=True):

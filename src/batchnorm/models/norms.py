@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -19,6 +20,7 @@ __all__ = [
     "has_usual_forward",
     "is_frozen_norm",
     "is_meant",
+    "is_norm",
     "layers_of_domains",
     "replace",
 ]
@@ -53,6 +55,13 @@ def is_frozen_norm(module: nn.Module | None) -> bool:
     numbers = [module._buffers.get(name) for name in NUMBERS]
     shapes = {None if t is None or is_lazy(t) else tuple(t.shape) for t in numbers}
     return len(shapes) == 1 and len(shapes.pop() or ()) == 1
+
+
+def is_norm(module: nn.Module | None) -> bool:
+    """Whether a module is a batch norm, or a frozen one, that can be looked into."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    return isinstance(module, TorchBatchNorm) or is_frozen_norm(module)
 
 
 def layers_of_domains(model: nn.Module) -> set[nn.Module]:

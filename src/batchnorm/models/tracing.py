@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from batchnorm.models.calling import Forward, call
 from batchnorm.models.graph import Effect, Graph, Node, is_linear
-from batchnorm.models.norms import TorchBatchNorm, is_frozen_norm
+from batchnorm.models.norms import is_norm
 from batchnorm.models.one_pass import graph_of_pass
 from batchnorm.models.snapshot import left_as_it_was
 
@@ -75,7 +75,7 @@ _DROPOUTS = (
 
 def _is_leaf(module: nn.Module) -> bool:
     """Whether it is one operation, whoever wrote it, and whatever it is made of."""
-    return isinstance(module, TorchBatchNorm) or is_linear(module) or is_frozen_norm(module)
+    return is_norm(module) or is_linear(module)
 
 
 class _Tracer(fx.Tracer):

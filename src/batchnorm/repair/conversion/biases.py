@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.models.graph import Node
+from batchnorm.models.norms import is_norm
 from batchnorm.repair.conversion.order import Call, Order
-from batchnorm.repair.conversion.source import Refused, is_norm, understood
+from batchnorm.repair.conversion.source import Refused, understood
 
 __all__ = ["biased", "cancelling", "drop_bias", "is_before_norm", "is_dropped"]
 

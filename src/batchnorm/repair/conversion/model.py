@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.models.calling import Forward
 from batchnorm.models.comparison import difference, tolerance
 from batchnorm.models.compiled import original
-from batchnorm.models.norms import Where, is_meant
+from batchnorm.models.norms import Where, is_meant, is_norm
 from batchnorm.repair.accumulation import is_accumulated
 from batchnorm.repair.adaptation.statistics import is_adapted
 from batchnorm.repair.conversion.biases import biased
@@ -21,7 +21,6 @@ from batchnorm.repair.conversion.observation import Observation
 from batchnorm.repair.conversion.optimizer import release
 from batchnorm.repair.conversion.order import Order, is_lazy_model
 from batchnorm.repair.conversion.result import Conversion
-from batchnorm.repair.conversion.source import is_norm
 from batchnorm.repair.conversion.target import LOSSLESS, TARGETS, Options
 from batchnorm.repair.conversion.work import Work
 from batchnorm.statistics import Statistics

@@ -37,7 +37,6 @@ __all__ = [
     "TORCH",
     "Refused",
     "Source",
-    "is_norm",
     "new",
     "understood",
 ]
@@ -161,13 +160,6 @@ def new(kind: type[nn.Module]) -> Form:
 def base_of(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The first class of torch.nn or of this library that a class is or is derived from."""
     return next((each for each in kind.__mro__ if each in _KNOWN), None)
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch norm, or a frozen one."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return False
-    return isinstance(module, TorchBatchNorm) or is_frozen_norm(module)
 
 
 def understood(module: nn.Module) -> Source:

@@ -14,7 +14,7 @@ from batchnorm.models.calling import Forward, call, tensors_of
 from batchnorm.models.comparison import difference
 from batchnorm.models.comparison import tolerance as default_tolerance
 from batchnorm.models.compiled import original
-from batchnorm.models.norms import TorchBatchNorm, Where, is_frozen_norm, is_meant
+from batchnorm.models.norms import Where, is_meant, is_norm
 from batchnorm.models.snapshot import left_as_it_was
 from batchnorm.repair.folding.change import Change
 from batchnorm.repair.folding.fitness import uses_batch
@@ -154,11 +154,7 @@ class Folding:
 
 
 def _meant(model: nn.Module, where: Where) -> dict[str, nn.Module]:
-    norms = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, TorchBatchNorm) or is_frozen_norm(module)
-    }
+    norms = {path: module for path, module in model.named_modules() if is_norm(module)}
     meant = {path: norm for path, norm in norms.items() if is_meant(path, norm, where)}
     if norms and not meant:
         raise ValueError(

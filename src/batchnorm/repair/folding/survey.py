@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from batchnorm.models.calling import Forward
 from batchnorm.models.graph import Graph, is_linear
-from batchnorm.models.norms import layers_of_domains
+from batchnorm.models.norms import is_norm, layers_of_domains
 from batchnorm.models.one_pass import BY_HOOKS
 from batchnorm.models.tracing import graph_of
 from batchnorm.repair.folding.affine import (
@@ -60,7 +60,7 @@ def survey(
     fit, refused = _fit(model, norms, tied, calls)
     unfit = _unfit(graph, tied, calls)
     if graph.read_by == BY_HOOKS:
-        unfit = _sometimes_normalized(graph, norms) | unfit
+        unfit = _sometimes_normalized(model, graph) | unfit
     while True:
         plan = plan_of(graph, fit, ndims, unfit)
         parameters = {
@@ -110,22 +110,24 @@ def _unfit(graph: Graph, tied: Tied, calls: Mapping[nn.Module, Call]) -> dict[nn
     return unfit
 
 
-def _sometimes_normalized(graph: Graph, norms: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
+def _sometimes_normalized(model: nn.Module, graph: Graph) -> dict[nn.Module, str]:
     """Linear modules that norms may lie beside which another example would go through.
 
-    One pass shows one way through the model; where torch.fx reads it, there is no other.
+    One pass shows one way through the model; where torch.fx reads it, none depends on values.
     """
     called = {node.module for node in graph.nodes}
-    waiting = {
-        len(norm.running_mean)
-        for norm in norms.values()
-        if norm not in called and isinstance(norm.running_mean, Tensor)
-    }
+    waiting = {_channels(norm) for norm in model.modules() if is_norm(norm) and norm not in called}
     return {
         module: "the model has norms that it calls at other times, perhaps beside it"
         for module in called
         if isinstance(module, Linear) and {channels_given(module), channels_taken(module)} & waiting
     }
+
+
+def _channels(norm: nn.Module) -> int | None:
+    mean = getattr(norm, "running_mean", None)
+    channels: int | None = getattr(norm, "num_features", None)
+    return len(mean) if isinstance(mean, Tensor) else channels
 
 
 def _is_finite(parameters: tuple[nn.Parameter, nn.Parameter | None]) -> bool:
