@@ -14,6 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import batchnorm
+from batchnorm import repair
 from batchnorm.audit import RULES, Selection, audit, watch
 from batchnorm.cli.commands import app
 
@@ -92,25 +93,14 @@ def test_a_suggested_call_fits_the_repair_s_signature(code, text):
     inspect.signature(getattr(batchnorm, call.func.id)).bind(*call.args, **given)
 
 
-@pytest.mark.parametrize(
-    "repair",
-    [
-        "accumulate",
-        "adapt",
-        "average",
-        "convert",
-        "fold",
-        "freeze",
-        "frozen_statistics",
-        "parameter_groups",
-        "port",
-        "recalibrate",
-        "rematerialize",
-    ],
-)
-def test_every_repair_is_named_on_a_rule_s_page(repair):
-    assert repair in batchnorm.__all__
-    assert any(re.search(rf"\b{repair}\(", rule.page()) for rule in RULES)
+# functions, not what they return; without those that measure or undo
+REPAIRS = [n for n in repair.__all__ if n.islower() and n not in ("activation_memory", "unfreeze")]
+
+
+@pytest.mark.parametrize("name", REPAIRS)
+def test_every_repair_is_named_on_a_rule_s_page(name):
+    assert name in batchnorm.__all__
+    assert any(re.search(rf"\b{name}\(", rule.page()) for rule in RULES)
 
 
 def images(n: int = 8, shift: float = 0.0) -> torch.Tensor:

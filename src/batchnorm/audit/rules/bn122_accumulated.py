@@ -36,7 +36,8 @@ class Accumulated(Rule):
     ## Fix
 
     `batchnorm.accumulate(model, k)`: the running statistics take up k micro-batches as one batch.
-    For normalization too, larger batches where memory allows (`rematerialize(model)`).
+    For normalization too, `batchnorm.pooled_forward(model, batches)`, or larger batches where
+    memory allows (`rematerialize(model)`).
 
     ## When it is fine
 
