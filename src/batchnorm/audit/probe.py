@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -92,12 +91,7 @@ class Probe:
         warnings.filterwarnings("ignore", _COMPILE_WARNING)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         warnings.filters[:] = [f for f in warnings.filters if not _is_ours(f[1])]  # type: ignore[index]

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial, wraps
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, ParamSpec, cast
 
 import torch
@@ -145,12 +145,7 @@ class Accumulation:
     def __enter__(self) -> Accumulation:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Remove the hooks; after an exception what was gathered is dropped."""
         self._take_off()
         if kind is None:

@@ -12,7 +12,7 @@ import sys
 import threading
 import weakref
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -104,12 +104,7 @@ class Rematerialization:
     def __enter__(self) -> Rematerialization:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def _begin(self, model: nn.Module, inputs: Any) -> None:
