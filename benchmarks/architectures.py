@@ -9,8 +9,8 @@ they do need is in the list. What is not installed is listed as such, and left o
 Every model is small, has random weights unless it says "trained", and is audited six times: as it
 was made, in training and in eval mode, without batches and with five of independent normal samples
 (of harmonic tones for the trained models); then, with its running statistics estimated from eight
-more such batches by `torch.optim.swa_utils.update_bn`, which is what the rules advise, with batches
-in both modes. Trained statistics are left as they are.
+more such batches by `torch.optim.swa_utils.update_bn`, with batches in both modes. Trained
+statistics are left as they are.
 
 A finding is one code, one severity and one set of layers, whichever audits it came from. There
 must be no error, and no warning that the model's maintainer would call wrong. Each warning and
