@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchnorm.repair.table import counted, table
+from batchnorm.repair.table import counted, listed, table
 
 
 def test_columns_line_up_without_white_space_at_the_end():
@@ -23,3 +23,9 @@ def test_one_is_counted_as_one():
     said = [counted(0, "layer"), counted(1, "layer"), counted(1200, "layer")]
     assert said == ["0 layers", "1 layer", "1,200 layers"]
     assert counted(2, "batch", "batches") == "2 batches"
+
+
+def test_of_many_names_the_first_are_listed():
+    assert listed(["a", "b", "c"]) == "a, b, c"
+    assert listed(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
+    assert listed(["a", "b", "c"], most=1) == "a and 2 more"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["counted", "shown", "table"]
+__all__ = ["counted", "listed", "shown", "table"]
 
 SHOWN = 12  # rows; a network has hundreds of layers
 
@@ -40,3 +40,9 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 def counted(number: int, one: str, many: str | None = None) -> str:
     """How many of something: `1 layer`, `1,200 layers`, `2 batches`."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first of many names, and how many more."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from batchnorm.repair.table import listed
+
 __all__ = ["ModelOrState", "State", "checked_states"]
 
 ModelOrState: TypeAlias = nn.Module | Mapping[str, Any]
@@ -113,7 +115,7 @@ def _check_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor], what: str) 
     for names, has in ((lacking, "lacks"), (more, "has")):
         if names:
             raise ValueError(
-                f"{what} {has} {_some(names)}, unlike the model that receives the average; "
+                f"{what} {has} {listed(names)}, unlike the model that receives the average; "
                 "average models of one architecture"
             )
     odd = [
@@ -122,7 +124,7 @@ def _check_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor], what: str) 
         if theirs[name].shape != tensor.shape
     ]
     if odd:
-        raise ValueError(f"{what} has {_some(odd)}; average models of one architecture")
+        raise ValueError(f"{what} has {listed(odd)}; average models of one architecture")
 
 
 def _check_apart(state: State, others: Sequence[State]) -> None:
@@ -139,8 +141,3 @@ def _check_apart(state: State, others: Sequence[State]) -> None:
 def _share(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape lie in the same memory."""
     return one is other or one.data_ptr() == other.data_ptr() != 0
-
-
-def _some(names: list[str]) -> str:
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + rest

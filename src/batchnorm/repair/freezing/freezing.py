@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.models.norms import TorchBatchNorm, Where, batch_norms, is_meant
 from batchnorm.models.snapshot import undone_on_failure
 from batchnorm.repair.freezing.layers import Earlier, Switches, freeze_layer, is_frozen, thaw
-from batchnorm.repair.table import counted, shown, table
+from batchnorm.repair.table import counted, listed, shown, table
 
 __all__ = ["Freezing", "Frozen", "Switches", "freeze", "unfreeze"]
 
@@ -217,6 +217,4 @@ def _tensors(layer: nn.Module) -> list[Tensor]:
 
 def _names(paths: Iterable[str]) -> str:
     """Paths in one line, of many the first."""
-    paths = list(map(shown, paths))
-    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return ", ".join(paths[:3]) + more
+    return listed([*map(shown, paths)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -14,10 +14,11 @@ from batchnorm.repair.porting.kernels import is_kernel
 from batchnorm.repair.porting.layers import is_norm
 from batchnorm.repair.porting.reading import Layer, bare_names
 from batchnorm.repair.porting.sources import FLAX, Source
+from batchnorm.repair.table import listed
 
-__all__ = ["Settings", "Target", "in_order", "settings_of", "some"]
+__all__ = ["SHOWN", "Settings", "Target", "in_order", "settings_of"]
 
-SHOWN = 5  # names in an error
+SHOWN = 5  # names in a line
 
 
 class Settings(NamedTuple):
@@ -142,7 +143,7 @@ def in_order(layers: Mapping[str, Layer], target: Target, source: Source) -> dic
         rest = list(layers)[len(paths) :] + paths[len(layers) :]
         raise ValueError(
             f"by_order: {source.title} has {len(layers)} layers with weights, and the model "
-            f"{len(paths)}; without a partner: {some(rest)}"
+            f"{len(paths)}; without a partner: {listed(rest, SHOWN)}"
         )
     return places
 
@@ -171,16 +172,10 @@ def _mismatch(unexpected: list[str], missing: list[str], origins: Mapping[str, s
     parts = []
     if unexpected:
         named = [f"{bare} ({origins[bare]})" if bare in origins else bare for bare in unexpected]
-        parts.append(f"it has no place for {some(named)}")
+        parts.append(f"it has no place for {listed(named, SHOWN)}")
     if missing:
-        parts.append(f"nothing was given for its {some(missing)}")
+        parts.append(f"nothing was given for its {listed(missing, SHOWN)}")
     return (
         f"the weights do not fit the model: {', and '.join(parts)}; say with `renamed` which layer "
         "is whose"
     )
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of many names, and how many more."""
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

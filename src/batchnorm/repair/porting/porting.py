@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from batchnorm.repair.porting.kernels import LINEAR
 from batchnorm.repair.porting.layers import Ported, is_norm, port_layer, unbiased
-from batchnorm.repair.porting.models import Settings, Target, in_order, settings_of, some
+from batchnorm.repair.porting.models import SHOWN, Settings, Target, in_order, settings_of
 from batchnorm.repair.porting.options import Renamed, by_layer, renamed_paths
 from batchnorm.repair.porting.reading import Layer, read
 from batchnorm.repair.porting.sources import SOURCES, TORCH, Framework, Source
-from batchnorm.repair.table import counted, shown, table
+from batchnorm.repair.table import counted, listed, shown, table
 
 __all__ = ["PortedNorm", "Porting", "Settings", "port"]
 
@@ -184,7 +184,7 @@ class Porting:
             "dropped": self.dropped,
             "wrong if behind a Flatten, say so by flattened=": self.unflattened,
         }
-        lines += [f"  {what}: {some(names)}" for what, names in said.items() if names]
+        lines += [f"  {what}: {listed(names, SHOWN)}" for what, names in said.items() if names]
         return "\n".join(lines)
 
 
