@@ -12,8 +12,8 @@ from torch import Tensor
 from batchnorm.models.calling import with_tensors
 from batchnorm.models.norms import TorchBatchNorm
 from batchnorm.moments import Moments
+from batchnorm.ranks import Ranks
 from batchnorm.repair.recalibration.passes import Pass, Run, bind, fitting
-from batchnorm.repair.recalibration.ranks import Ranks
 from batchnorm.repair.recalibration.stream import Shown, Stream
 from batchnorm.repair.table import shown
 

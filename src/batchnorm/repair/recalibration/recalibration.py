@@ -19,9 +19,9 @@ from batchnorm.models.compiled import original
 from batchnorm.models.norms import TorchBatchNorm, Where
 from batchnorm.models.snapshot import left_as_it_was, undone_on_failure
 from batchnorm.moments import Moments
+from batchnorm.ranks import Ranks
 from batchnorm.repair.recalibration.estimates import in_one_pass, layer_by_layer, population
 from batchnorm.repair.recalibration.layers import recalibrated_and_frozen
-from batchnorm.repair.recalibration.ranks import Ranks
 from batchnorm.repair.recalibration.stream import Stream, progress_bar
 from batchnorm.repair.table import counted, shown, table
 

@@ -1,4 +1,4 @@
-"""The ranks that recalibrate together: what each has goes to all, and all fail if one does."""
+"""A block that all ranks of a group enter and leave together, and what they tell each other."""
 
 from __future__ import annotations
 
