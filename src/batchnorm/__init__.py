@@ -28,6 +28,7 @@ from batchnorm.repair import (
     pooled_forward,
     port,
     recalibrate,
+    reduce_statistics,
     rematerialize,
     unfreeze,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "pooled_forward",
     "port",
     "recalibrate",
+    "reduce_statistics",
     "rematerialize",
     "unfreeze",
 ]

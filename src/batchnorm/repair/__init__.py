@@ -12,6 +12,7 @@ from batchnorm.repair.parameter_groups import parameter_groups
 from batchnorm.repair.pooling import pooled_forward
 from batchnorm.repair.porting import Porting, port
 from batchnorm.repair.recalibration import Recalibration, recalibrate
+from batchnorm.repair.reduction import Reduction, reduce_statistics
 from batchnorm.repair.rematerialization import Rematerialization, rematerialize
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Freezing",
     "Porting",
     "Recalibration",
+    "Reduction",
     "Rematerialization",
     "accumulate",
     "activation_memory",
@@ -42,6 +44,7 @@ __all__ = [
     "pooled_forward",
     "port",
     "recalibrate",
+    "reduce_statistics",
     "rematerialize",
     "unfreeze",
 ]

@@ -12,12 +12,11 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm.models.calling import Forward, call
-from batchnorm.models.compiled import original
 from batchnorm.models.norms import TorchBatchNorm, Where
 from batchnorm.models.snapshot import left_as_it_was, undone_on_failure
+from batchnorm.models.wrapped import unwrapped
 from batchnorm.moments import Moments
 from batchnorm.ranks import Ranks
 from batchnorm.repair.recalibration.estimates import in_one_pass, layer_by_layer, population
@@ -103,7 +102,9 @@ def recalibrate(
         raise TypeError(f"recalibrate takes a torch.nn.Module, got {type(model).__name__}")
     if upstream not in _ESTIMATES:
         raise ValueError(f"upstream must be one of {list(_ESTIMATES)}, got {upstream!r}")
-    called, forward = _called(model), forward or call
+    # DistributedDataParallel's own forward pass sends buffers to all ranks, which would wait for
+    # each other where one has fewer batches; DataParallel's calls copies, on other devices
+    called, forward = unwrapped(model), forward or call
     ranks = Ranks(group)
     with undone_on_failure(model), ranks.together():
         layers, frozen = recalibrated_and_frozen(model, where)
@@ -186,17 +187,6 @@ class Recalibration:
             if paths:
                 text += f"\n{what}, left alone: {', '.join(map(shown, paths))}"
         return text
-
-
-def _called(model: nn.Module) -> nn.Module:
-    """What is called with the batches.
-
-    DistributedDataParallel's own forward pass sends buffers to all ranks, which would wait for
-    each other where one has fewer batches; DataParallel's calls copies, on other devices.
-    """
-    inner = original(model)
-    wrappers = (DistributedDataParallel, nn.DataParallel)
-    return inner.module if isinstance(inner, wrappers) else inner
 
 
 @contextmanager
