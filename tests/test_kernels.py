@@ -300,3 +300,12 @@ def test_running_statistics_of_any_dtype_are_tracked(backend, dtype, counter, mo
     wanted = 1 + share * (batch.var(unbiased=True) - 1)
     torch.testing.assert_close(var, wanted.to(dtype), **near)
     assert counters is None or counters.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_batch_without_a_variance_is_not_tracked(backend, count):
+    mean, var, batches = torch.ones(3), torch.full((3,), 2.0), torch.tensor(7)
+    nothing = torch.zeros(3, dtype=torch.float64)
+    batch = Moments(torch.full((3,), count), nothing, nothing)
+    backend.track(mean, var, batches, batch, 0.1)
+    assert (mean.tolist(), var.tolist(), batches.item()) == ([1.0] * 3, [2.0] * 3, 7)

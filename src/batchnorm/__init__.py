@@ -11,6 +11,7 @@ from batchnorm.layers import (
     domain,
 )
 from batchnorm.moments import Moments
+from batchnorm.ranks import SyncError, undo_step
 from batchnorm.repair import (
     Cap,
     ChannelLayerNorm,
@@ -28,11 +29,10 @@ from batchnorm.repair import (
     pooled_forward,
     port,
     recalibrate,
-    reduce_statistics,
     rematerialize,
     unfreeze,
 )
-from batchnorm.statistics import Batch, Ghost, Ramp, Renorm, Running, Untracked
+from batchnorm.statistics import Batch, Ghost, Ramp, Renorm, Running, Sync, Untracked
 
 __all__ = [
     "Batch",
@@ -53,6 +53,8 @@ __all__ = [
     "Ramp",
     "Renorm",
     "Running",
+    "Sync",
+    "SyncError",
     "Untracked",
     "accumulate",
     "adapt",
@@ -66,8 +68,8 @@ __all__ = [
     "pooled_forward",
     "port",
     "recalibrate",
-    "reduce_statistics",
     "rematerialize",
+    "undo_step",
     "unfreeze",
 ]
 

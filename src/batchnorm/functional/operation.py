@@ -27,7 +27,7 @@ from batchnorm.kernels import (
 )
 from batchnorm.moments import Moments
 
-__all__ = ["again", "constant", "epilogue_of", "is_plain", "moments", "normalize"]
+__all__ = ["again", "constant", "epilogue_of", "is_plain", "laid_out_like", "moments", "normalize"]
 
 _ARGUMENTS = (
     "Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, Tensor? count, "
@@ -109,7 +109,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return True
 
 
-def _laid_out_like(x: Tensor, y: Tensor) -> Tensor:
+def laid_out_like(x: Tensor, y: Tensor) -> Tensor:
     """y in the strides that `torch.empty_like(x)` has, which the fakes promise, and no view.
 
     Autograd forbids to modify a view in place that an operation returned, and people put
@@ -145,7 +145,7 @@ def _forward(
     epilogue = epilogue_of(residual, mask, act, parameter)
     backend = backend_for(x, epilogue)
     y, used = backend.forward(x, weight, bias, eps, epilogue, groups, given)
-    return _laid_out_like(x, y), used
+    return laid_out_like(x, y), used
 
 
 def _gradients(
@@ -164,9 +164,9 @@ def _gradients(
     dx, d_residual, d_weight, d_bias = backend_for(x, epilogue).backward(
         dy, x, used, weight, bias, eps, epilogue, frozen=frozen, affine=affine
     )
-    dx = _laid_out_like(x, dx)
+    dx = laid_out_like(x, dx)
     if residual is not None and d_residual is not None:
-        d_residual = _laid_out_like(residual, d_residual)
+        d_residual = laid_out_like(residual, d_residual)
     return Gradients(dx, d_residual, d_weight, d_bias)
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "Coefficients",
     "Epilogue",
     "Gradients",
+    "Sums",
     "accumulator",
     "biased",
     "coefficients_of",
@@ -80,6 +81,36 @@ class Gradients(NamedTuple):
     residual: Tensor | None  # (n, c, *p)
     weight: Tensor | None  # (c,)
     bias: Tensor | None  # (c,)
+
+
+class Sums(NamedTuple):
+    """Σg and Σg·(x − mean) of each channel, (*g, c), over all that share the mean."""
+
+    total: Tensor
+    projection: Tensor
+
+    @classmethod
+    def of(
+        cls, total: Tensor, about_center: Tensor, coefficients: Coefficients, moments: Moments
+    ) -> Sums:
+        """From the sums about the center, which is the mean rounded."""
+        return cls(total, about_center + (coefficients.center - moments.mean) * total)
+
+    def weight_gradient(self, moments: Moments, eps: float) -> Tensor:
+        """γ's, of each group: Σg·(x − mean)/√(var + ε)."""
+        return self.projection * torch.rsqrt(biased(moments) + eps)
+
+    def slope_and_offset(
+        self, coefficients: Coefficients, moments: Moments, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """What `backward_apply` takes: the part of dx that runs through mean and variance.
+
+        dx = s·(g − Σg/n − (x − mean)·Σg(x − mean)/(n·(var + ε))),  s = γ/√(var + ε)
+        (Ioffe & Szegedy 2015, section 3).
+        """
+        n = moments.count.clamp(min=1)
+        slope = -self.projection / (biased(moments) + eps) / n
+        return slope, (coefficients.center - moments.mean) * slope - self.total / n
 
 
 @runtime_checkable

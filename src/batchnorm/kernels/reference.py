@@ -17,8 +17,8 @@ from batchnorm.kernels.contract import (
     Coefficients,
     Epilogue,
     Gradients,
+    Sums,
     accumulator,
-    biased,
     coefficients_of,
     compute_dtype,
     groups_of,
@@ -122,8 +122,7 @@ def backward(
 ) -> Gradients:
     """`backward_reduce` and `backward_apply`, with g computed once.
 
-    dx = s·(g − Σg/n − (x − mean)·Σg(x − mean)/(n·(var + ε))),  s = γ/√(var + ε);
-    dx = s·g where the moments are constants (Ioffe & Szegedy 2015, section 3).
+    Where the moments are constants, dx = s·g with s = γ/√(var + ε).
     """
     coefficients = coefficients_of(x, moments, weight, bias, eps)
     x, epilogue = _prepared(x, epilogue, coefficients)
@@ -131,18 +130,13 @@ def backward(
     d_weight = d_bias = None
     slope = offset = torch.zeros_like(coefficients.scale)
     if affine or not frozen:
-        total, projection = _sums(g, x, coefficients.center)
-        # the sums are about the rounded center; move them to the mean itself
-        projection = projection + (coefficients.center - moments.mean) * total
-        inverse = torch.rsqrt(biased(moments) + eps)
+        sums = Sums.of(*_sums(g, x, coefficients.center), coefficients, moments)
         if affine and weight is not None:
-            d_weight = _over_groups(projection * inverse).to(weight.dtype)
+            d_weight = _over_groups(sums.weight_gradient(moments, eps)).to(weight.dtype)
         if affine and bias is not None:
-            d_bias = _over_groups(total).to(bias.dtype)
+            d_bias = _over_groups(sums.total).to(bias.dtype)
         if not frozen:
-            n = moments.count.clamp(min=1)
-            slope = -inverse.square() * projection / n
-            offset = -total / n + (coefficients.center - moments.mean) * slope
+            slope, offset = sums.slope_and_offset(coefficients, moments, eps)
     dx = _input_gradient(g, x, coefficients, epilogue, slope, offset)
     return Gradients(dx, _residual_gradient(g, epilogue), d_weight, d_bias)
 

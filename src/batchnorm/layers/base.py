@@ -46,7 +46,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     - `act`: an activation to fuse: "relu", "leaky_relu", "elu", "silu", "gelu", "gelu_tanh",
       "hardswish", "sigmoid", "tanh", a `torch.nn` module of these, or None.
     - `statistics`: whose statistics to use in training: `Batch()`, `Ghost(size)`, `Renorm()`,
-      `Running()`, `Untracked(policy)`.
+      `Running()`, `Untracked(policy)`, `Sync()` over the ranks of torch.distributed.
 
     Raises `ValueError` for an unknown `act` and for a policy that reads running statistics
     where none are tracked.
@@ -163,7 +163,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     def _policy(self) -> Statistics:
         """Whose statistics: the policy's in training, the running ones in eval if there are."""
         if self.training:
-            return self.statistics
+            return self.statistics.of(self)
         return Batch() if self.running_mean is None else Running()
 
     def _running(self) -> RunningStatistics | None:
@@ -178,10 +178,9 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     def _track(self, running: RunningStatistics, moments: Moments, input: Tensor) -> None:
         """Move the running statistics towards a batch's, without waiting for its values."""
         try:
-            if input.numel() == 0 and running.batches is not None:
-                running.batches.add_(1)  # as torch.nn, which counts it and moves nothing
-            else:
-                track(*running, moments, self.momentum)
+            track(*running, moments, self.momentum)  # which leaves them where nothing was seen
+            if input.numel() == 0 and running.batches is not None:  # torch.nn counts it
+                running.batches.add_((moments.count == 0).any())
         except RuntimeError as error:
             raise _explained(error, self) from error
 

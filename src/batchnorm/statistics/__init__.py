@@ -5,6 +5,7 @@ from batchnorm.statistics.ghost import Ghost
 from batchnorm.statistics.policy import RunningStatistics, Statistics
 from batchnorm.statistics.renorm import Ramp, Renorm
 from batchnorm.statistics.running import Running, Untracked
+from batchnorm.statistics.sync import Sync
 
 __all__ = [
     "Batch",
@@ -14,5 +15,6 @@ __all__ = [
     "Running",
     "RunningStatistics",
     "Statistics",
+    "Sync",
     "Untracked",
 ]

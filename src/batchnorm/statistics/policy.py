@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from batchnorm.functional import Options
@@ -47,6 +47,10 @@ class Statistics(ABC):
         **options: Unpack[Options],
     ) -> tuple[Float[Tensor, "n c *positions"], Moments | None]:
         """y, and the moments that the running statistics take up; None where they do not."""
+
+    def of(self, layer: nn.Module) -> Statistics:
+        """The policy as one layer asks it; only who asks other ranks tells them which."""
+        return self
 
     def required(self, running: RunningStatistics | None) -> RunningStatistics:
         """The running statistics, of a policy that cannot do without; `ValueError` for None."""

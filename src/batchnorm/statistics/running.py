@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from batchnorm.functional import Options, moments, normalize
@@ -65,6 +65,10 @@ class Untracked(Statistics):
     def needs_running(self) -> bool:  # type: ignore[override]
         """Whether the other policy reads running statistics."""
         return self.policy.needs_running
+
+    def of(self, layer: nn.Module) -> Statistics:
+        """As the other policy."""
+        return Untracked(self.policy.of(layer))
 
     def normalize(
         self,

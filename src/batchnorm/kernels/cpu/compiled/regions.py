@@ -362,6 +362,8 @@ def track(arguments):
     running_var = span(a.running_var, STORAGE, "output")
     batches = span(a.batches, np.int64, "output")
     for c in range(a.channels):
+        if counts[c] < 2:  # no variance: 0 / (0 − 1) would be one
+            return
         # finite in the buffers' own dtype, which may be narrower than the moments'
         new_mean, new_var = COMPUTE(mean[c]), COMPUTE(m2[c] / (counts[c] - 1))
         if not (math.isfinite(new_mean) and math.isfinite(new_var)):
