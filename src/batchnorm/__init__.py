@@ -29,6 +29,7 @@ from batchnorm.repair import (
     pooled_forward,
     port,
     recalibrate,
+    reduce_statistics,
     rematerialize,
     unfreeze,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "pooled_forward",
     "port",
     "recalibrate",
+    "reduce_statistics",
     "rematerialize",
     "undo_step",
     "unfreeze",
