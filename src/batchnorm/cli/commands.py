@@ -37,6 +37,7 @@ from batchnorm.cli.output import (
     refuse,
     write_report,
 )
+from batchnorm.cli.planning import plan
 from batchnorm.cli.repairing import add_commands
 from batchnorm.cli.settings import selection_from
 from batchnorm.kernels.diagnosis import diagnose
@@ -102,6 +103,7 @@ def run(
 
 
 app.command()(check)
+app.command()(plan)
 add_commands(app)
 
 
