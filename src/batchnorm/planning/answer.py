@@ -21,8 +21,8 @@ class Choice:
     """Groups of one size: the noise of their statistics, and what a step costs a rank.
 
     - `noise`: of the noisiest layer, in standard deviations; at most so much.
-    - `least_noise`: the same if all positions of a sample were independent; equal to `noise`
-      where batches were measured, None where nothing is known of the positions.
+    - `least_noise`: the same if all positions of a sample were independent; what `noise` is where
+      batches were measured, None where the positions are not known.
     - `noisy`: how many layers are noisier than is allowed.
     - `seconds`, `traffic`: of all layers' collectives, forward and backward. Waiting for a slower
       rank is not in it.

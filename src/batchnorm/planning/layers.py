@@ -31,9 +31,10 @@ class PlannedLayer:
 
     - `calls`: in one forward pass; each is synchronized.
     - `positions`: values per channel of one sample; None where no input was given.
-    - `least`, `most`: between how many independent values per channel a sample is worth. At least
-      one, at most `positions`, which resemble each other inside an image; where batches were
-      measured, both are what their noise says, and may lie outside of that.
+    - `least`: how many independent values per channel a sample is worth at least: one, whatever
+      its positions; where batches were measured, as many as their noise says.
+    - `most`: the same if all positions were independent; None where they are not known. Those of
+      an image are not: often they are worth less, and more where images resemble each other.
     - `measured`: the noise of those batches, which were of `samples` samples.
     """
 
@@ -54,7 +55,7 @@ class PlannedLayer:
         return _noise(samples * self.least)
 
     def least_noise(self, samples: float) -> float | None:
-        """The least; None where nothing is known of the positions."""
+        """The same by `most`; None where the positions are not known."""
         return None if self.most is None else _noise(samples * self.most)
 
 
@@ -81,7 +82,10 @@ def layers_in(model: nn.Module) -> list[PlannedLayer]:
 
 
 def layers_shown(model: nn.Module, example: Any, forward: Forward | None) -> list[PlannedLayer]:
-    """The layers in the order of their first calls on an example, with their positions."""
+    """The layers in the order of their first calls on an example, with their positions.
+
+    Raises what the model raises.
+    """
     return [
         _called(seen, [_samples(example)])
         for seen in _synchronized(gather(model, [example], forward), model)

@@ -38,8 +38,8 @@ def plan(
 
     The gain: statistics of n independent normal values per channel move an output by √(1.5/n)
     standard deviations (rule BN110), √k times less in groups of k ranks. A sample is worth one
-    such value at least, and at most as many as it has positions; with `batches`, as many as their
-    noise says.
+    such value at least, and as many as it has positions if those are independent; with `batches`,
+    as many as their noise says.
 
     The cost: a collective of 2c + 1 numbers forward and one of 2c backward for each call of a
     layer, in the time that `network` says. What is not in it is the wait for the slowest rank.
