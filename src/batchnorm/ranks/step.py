@@ -27,14 +27,17 @@ class Step:
         if torch._C._current_graph_task_id() != -1:
             return  # a checkpoint is computed again: layers track nothing
         held = [buffer for buffer in buffers if buffer is not None]
-        if self._went_back or (
-            not torch.is_grad_enabled() and any(id(buffer) in self._before for buffer in held)
-        ):
+        if self._went_back or (not torch.is_grad_enabled() and any(map(self._keeps, held))):
             self._before.clear()
             self._went_back = False
         for buffer in held:
-            if id(buffer) not in self._before:
+            if not self._keeps(buffer):
                 self._before[id(buffer)] = ref(buffer), buffer.detach().clone()
+
+    def _keeps(self, buffer: Tensor) -> bool:
+        """Whether a buffer is kept: it, and not one that is no more and had its number."""
+        kept = self._before.get(id(buffer))
+        return kept is not None and kept[0]() is buffer
 
     def go_back(self) -> None:
         """A backward pass has come: what follows it is the next step."""
