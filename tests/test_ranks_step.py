@@ -60,14 +60,13 @@ def test_what_a_checkpoint_computes_again_keeps_nothing():
 
 
 def test_a_buffer_that_is_no_more_is_neither_kept_alive_nor_taken_for_another():
-    step, gone = Step(), []
-    for _ in range(50):  # a new one may get the number of an old one
-        buffer = torch.zeros(3)
-        moved(step, buffer)
-        gone.append(ref(buffer))
-        del buffer
+    step, buffers = Step(), [torch.zeros(3) for _ in range(100)]
+    moved(step, *buffers)
+    numbers, gone = {id(buffer) for buffer in buffers}, [ref(buffer) for buffer in buffers]
+    del buffers
     assert all(each() is None for each in gone)
-    last = torch.zeros(3)
-    moved(step, last)
+    others = [torch.zeros(3) for _ in range(1000)]
+    again = next(buffer for buffer in others if id(buffer) in numbers)
+    moved(step, again)
     step.undo()
-    assert last.tolist() == [0] * 3
+    assert again.tolist() == [0] * 3
