@@ -88,7 +88,7 @@ def norms(draw, kinds=(TORCH, OURS)):
     return dims, hooked(norm).train(draw(st.booleans()))
 
 
-STEPS = ("batchnorm", "torch", "sync", Batch(), Ghost(2), Renorm(2.0, 1.0), Running())
+STEPS = ("batchnorm", "torch", "sync", "torch_sync", Batch(), Ghost(2), Renorm(2.0, 1.0), Running())
 
 
 @settings(max_examples=30)
@@ -125,7 +125,7 @@ def test_what_is_converted_keeps_all_that_is_not_its_class(layer, to):
         if value is not None:
             assert torch.equal(norm._buffers[name], value.to(norm._buffers[name].dtype))
     assert not result.needs_fine_tuning
-    if to == "sync":
+    if to == "torch_sync":
         assert type(norm) is nn.SyncBatchNorm
     elif not result.skipped:
         assert type(norm) is (TORCH if to == "torch" else OURS)[dims]
@@ -134,7 +134,7 @@ def test_what_is_converted_keeps_all_that_is_not_its_class(layer, to):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     ("to", "dims"),
-    [("batchnorm", 1), ("batchnorm", 2), ("batchnorm", 3), (Ghost(2), 2), ("sync", 1)],
+    [("batchnorm", 1), ("batchnorm", 2), ("batchnorm", 3), (Ghost(2), 2), ("sync", 2), ("torch_sync", 1)],
 )
 def test_outputs_and_statistics_are_those_of_a_layer_written_so(to, dims, training):
     norm = tried(TORCH[dims](3, eps=1e-3, momentum=0.3), dims).train(training)
@@ -142,7 +142,7 @@ def test_outputs_and_statistics_are_those_of_a_layer_written_so(to, dims, traini
     written.load_state_dict(norm.state_dict())
     written.train(training)
     convert(norm, to=to)
-    if to == "sync":
+    if to == "torch_sync":
         if training:
             return  # it needs a process group
         torch.testing.assert_close(norm(x := batch(dims)), written(x))
@@ -247,7 +247,7 @@ def test_copies_and_pickles_know_the_way_back(again):
     model(x)
     before = copy.deepcopy(model)
     convert(model, to=Ghost(2))
-    convert(model, to="sync")
+    convert(model, to="torch_sync")
     twin = again(model)
     convert(twin, to="original")
     assert [type(m) for m in twin] == [type(m) for m in before]
@@ -261,7 +261,7 @@ def test_copies_and_pickles_know_the_way_back(again):
 # All or nothing
 
 
-@pytest.mark.parametrize("to", ["batchnorm", "sync", "group_norm", "identity", Ghost(2)])
+@pytest.mark.parametrize("to", ["batchnorm", "torch_sync", "group_norm", "identity", Ghost(2)])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_failure_in_the_middle_leaves_no_layer_converted(monkeypatch, to, error):
     model = network().bfloat16()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import batchnorm
-from batchnorm import DomainBatchNorm, Ghost
+from batchnorm import DomainBatchNorm, Ghost, Sync
 from batchnorm.repair.conversion import convert
 
 
@@ -220,7 +220,9 @@ def test_a_policy_and_activations_are_taken_at_once_and_later_policies_keep_the_
     convert(model, to=Ghost(4))
     assert (model.norm1.statistics, str(model.norm1.act)) == (Ghost(4), "relu")
     torch.testing.assert_close(model.eval()(x), twin.eval()(x))
-    assert convert(model, to="sync").skipped == {}
+    convert(model, to="sync")
+    assert (model.norm1.statistics, str(model.norm1.act)) == (Sync(), "relu")
+    assert convert(model, to="torch_sync").skipped == {}
     assert (type(model.norm1), type(model.relu)) == (nn.SyncBatchNorm, nn.ReLU)
     torch.testing.assert_close(model(x), twin(x))
 

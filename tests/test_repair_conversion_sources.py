@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import batchnorm
-from batchnorm import DomainBatchNorm, Ghost, Renorm, Running
+from batchnorm import Batch, DomainBatchNorm, Ghost, Renorm, Running
 from batchnorm.layers.adoption import adopt
 from batchnorm.repair.conversion import convert
 from test_repair_conversion import LAZY, OURS, TORCH, batch, everything, images, network, tried
@@ -37,13 +37,16 @@ def test_a_sync_layer_takes_its_dimensions_from_what_it_was_or_an_example_and_el
 
 def test_a_process_group_is_kept_and_can_be_given():
     model, group = network(), object()
-    convert(model, to="sync", process_group=group)
+    convert(model, to="torch_sync", process_group=group)
     assert model[1].process_group is group
+    assert "is none that this process is in" in convert(model, to="batchnorm").skipped["1"]
+    assert "is none that this process is in" in convert(model, to="sync").skipped["1"]
+    model[1].process_group = model[4].process_group = model[7].process_group = None
     convert(model, to="batchnorm")
     assert not hasattr(model[1], "process_group")
     native = nn.SyncBatchNorm(3, process_group=group)
-    convert(native, to="batchnorm", example=batch(2))
-    convert(native, to="sync")
+    convert(native, to=Batch(), example=batch(2))
+    convert(native, to="torch_sync")
     assert native.process_group is group
     assert vars(native).keys() == vars(nn.SyncBatchNorm(3)).keys()
 
@@ -185,7 +188,7 @@ def test_a_lazy_layer_comes_back_before_its_first_batch_too():
 
 
 @pytest.mark.parametrize(
-    "to", ["sync", "group_norm", "instance_norm", "layer_norm", "rms_norm", "identity"]
+    "to", ["torch_sync", "group_norm", "instance_norm", "layer_norm", "rms_norm", "identity"]
 )
 def test_a_lazy_layer_is_not_made_one_of_no_channels(to):
     model = nn.Sequential(nn.LazyBatchNorm2d())
@@ -233,7 +236,7 @@ def test_undoing_thaws_a_layer_that_was_frozen_since():
 def test_another_process_group_is_given_back_too():
     one, two = object(), object()
     norm = nn.SyncBatchNorm(3, process_group=one)
-    convert(norm, to="sync", process_group=two)
+    convert(norm, to="torch_sync", process_group=two)
     assert norm.process_group is two
     convert(norm, to="original")
     assert norm.process_group is one

@@ -23,7 +23,8 @@ def is_adoptable(module: nn.Module) -> bool:
     """Whether `adopt` takes a module: `torch.nn`'s own three layers.
 
     No subclass: its own forward, its methods, and the properties that parametrizations and FSDP
-    put on a class of their making would be lost. Nor a SyncBatchNorm, which this library has not.
+    put on a class of their making would be lost. Nor a SyncBatchNorm, which does not tell how many
+    dimensions its input has: `convert` asks an example.
     """
     return type(module) in _OURS
 

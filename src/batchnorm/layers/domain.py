@@ -65,6 +65,10 @@ class DomainBatchNorm(nn.Module):
     - `domains`: their names.
     - `separate_affine`: whether γ and β are kept per domain too. By default they are shared.
 
+    With a layer that shares statistics with other ranks, `statistics=Sync()`, all ranks are to be
+    in the same domain at a time, with any number of samples each; a rank that is in another makes
+    all raise `SyncError`.
+
     Raises `ValueError` for no, repeated or unusable names, `TypeError` for another kind of layer.
 
     Source: Chang et al. 2019, "Domain-specific batch normalization", section 3.1 (separate γ

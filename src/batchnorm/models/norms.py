@@ -7,10 +7,12 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.layers import BatchNorm, DomainBatchNorm
+from batchnorm.statistics import Sync, Untracked
 
 __all__ = [
     "NUMBERS",
@@ -23,6 +25,7 @@ __all__ = [
     "is_norm",
     "layers_of_domains",
     "replace",
+    "sync_of",
 ]
 
 TorchBatchNorm = nn.modules.batchnorm._BatchNorm
@@ -62,6 +65,19 @@ def is_norm(module: nn.Module | None) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return False
     return isinstance(module, TorchBatchNorm) or is_frozen_norm(module)
+
+
+def sync_of(layer: nn.Module) -> Sync | None:
+    """How a layer shares statistics with other ranks in training, whoever wrote it; None: not."""
+    if isinstance(layer, BatchNorm):
+        policy = layer.statistics
+        policy = policy.policy if isinstance(policy, Untracked) else policy
+        return policy if isinstance(policy, Sync) else None
+    if not isinstance(layer, nn.SyncBatchNorm):
+        return None
+    group = layer.process_group
+    is_mine = group is None or isinstance(group, dist.ProcessGroup)  # else it is other ranks'
+    return Sync(group) if is_mine else None
 
 
 def layers_of_domains(model: nn.Module) -> set[nn.Module]:

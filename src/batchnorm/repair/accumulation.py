@@ -7,22 +7,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from types import FrameType
-from typing import Any, ParamSpec, cast
+from typing import Any, ParamSpec
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from batchnorm.functional import moments, track
 from batchnorm.layers import BatchNorm
 from batchnorm.models.compiled import original
 from batchnorm.models.frames import is_running
-from batchnorm.models.norms import TorchBatchNorm, batch_norms
+from batchnorm.models.norms import TorchBatchNorm, batch_norms, sync_of
 from batchnorm.models.snapshot import undone_on_failure
 from batchnorm.moments import Moments
+from batchnorm.ranks import UNKNOWN, Caller, Peers
 from batchnorm.repair.table import counted, shown, table
 
-__all__ = ["Accumulation", "accumulate", "is_accumulated", "is_recomputation", "ranks_of"]
+__all__ = ["Accumulation", "accumulate", "is_accumulated", "is_recomputation"]
 
 _P = ParamSpec("_P")
 
@@ -59,7 +59,8 @@ def accumulate(model: nn.Module, steps: int) -> Accumulation:
     forward that raises leaves nothing. Of a layer that is called several times in a pass, the
     first calls are pooled, then the second ones, as in the pooled batch. A micro-batch with
     non-finite statistics skips the whole update, as such a batch does in this library's layers.
-    `SyncBatchNorm` pools over the ranks too.
+    `SyncBatchNorm` and layers with statistics=Sync() pool over the ranks too, which all make as
+    many passes then.
 
     `torch.nn`'s layers take one more sweep over their inputs. `torch.compile` breaks its graph at
     each layer, and compiles anew what it had compiled.
@@ -130,7 +131,7 @@ class Accumulation:
         with undone_on_failure(nn.ModuleList(self._layers)):
             for norm, layer in self._layers.items():
                 for pool in layer.pools:
-                    pool.track(norm)
+                    pool.track(norm, layer.path)
         for layer in self._layers.values():
             layer.spread = [pool.spread() for pool in layer.pools] or layer.spread
             layer.pools = []
@@ -267,10 +268,10 @@ class _Pool:
         self.variances = self.variances + batch.var(unbiased=True)
         self.parts += 1
 
-    def track(self, norm: TorchBatchNorm) -> None:
+    def track(self, norm: TorchBatchNorm, path: str) -> None:
         if norm.running_mean is None or norm.running_var is None:
             return
-        pooled = _over_ranks(norm, self.moments)
+        pooled = _over_ranks(norm, path, self.moments)
         track(norm.running_mean, norm.running_var, norm.num_batches_tracked, pooled, norm.momentum)
 
     def spread(self) -> Tensor:
@@ -309,21 +310,15 @@ class _Layer:
         return "–" if mean != mean else f"×{mean:.3f}"
 
 
-def ranks_of(norm: nn.Module) -> int:
-    """How many ranks normalize a layer's batches together."""
-    if isinstance(norm, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
-        return dist.get_world_size(cast("dist.ProcessGroup | None", norm.process_group))
-    return 1
+def _over_ranks(norm: TorchBatchNorm, path: str, mine: Moments) -> Moments:
+    """The moments of all ranks whose batches a layer normalizes together.
 
-
-def _over_ranks(norm: TorchBatchNorm, mine: Moments) -> Moments:
-    """The moments of all ranks whose batches a layer normalizes together."""
-    if ranks_of(norm) == 1:
+    This library's layers hand such over; of a SyncBatchNorm the ranks' own were gathered.
+    """
+    sync = None if isinstance(norm, BatchNorm) else sync_of(norm)
+    if sync is None or sync.size == 1:
         return mine
-    packed = torch.stack([mine.count.to(mine.mean.dtype), mine.mean, mine.m2])
-    ranks = [torch.empty_like(packed) for _ in range(ranks_of(norm))]
-    dist.all_gather(ranks, packed, norm.process_group)
-    return Moments.merge(Moments(n.to(torch.int64), mean, m2) for n, mean, m2 in ranks)
+    return Peers(sync.process_group, Caller(shown(path), UNKNOWN.tag)).merged(mine)
 
 
 def _check(model: nn.Module, steps: int) -> None:

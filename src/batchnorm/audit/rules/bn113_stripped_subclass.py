@@ -42,6 +42,8 @@ class StrippedSubclass(Rule):
 
     Look at what such a tool made of the model before training it; convert the layers first to
     ones that say what they do, such as `BatchNorm2d(c, act="relu")` of this library.
+    `batchnorm.convert(model, to="sync")` synchronizes without stripping: it keeps timm's
+    activation, and leaves what it does not know as it is, with the reason.
 
     ## When it is fine
 

@@ -20,24 +20,25 @@ class SyncOnCPU(Rule):
 
     ## Why it hurts
 
-    In training mode it raises `SyncBatchNorm expected input tensor to be on GPU` and asks for a
-    process group, and exporters refuse it. A configuration written for eight GPUs fails on a
-    laptop, in a test, and at deployment.
+    Under torch.distributed it cannot train there: DistributedDataParallel refuses the model, and
+    the layer says `SyncBatchNorm expected input tensor to be on GPU`. A configuration written for
+    eight GPUs fails in a test and on a cluster of CPUs.
 
     ## Example
 
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)      # for training on 8 GPUs
-        torch.onnx.export(model, …)                                 # on a laptop
+        DistributedDataParallel(model)                              # in a test, with gloo
 
     ## Fix
 
-    `batchnorm.convert(model, to="batchnorm", example=batch)` for use on one machine; state dicts
-    fit both ways.
+    `batchnorm.convert(model, to="batchnorm", example=batch)`: layers that share statistics over
+    the same ranks as before, on CPUs with gloo as on GPUs, and are plain batch norm in a single
+    process. State dicts fit both ways.
 
     ## When it is fine
 
-    In eval mode it computes what BatchNorm does. A model that is made on the CPU and moved to GPUs
-    before it runs is fine too, and cannot be told from here.
+    In eval mode, and in a process on its own, it computes what BatchNorm does. A model that is
+    made on the CPU and moved to GPUs before it runs is fine too, and cannot be told from here.
 
     ## Evidence
 
@@ -54,7 +55,7 @@ class SyncOnCPU(Rule):
         if paths:
             yield self.found(
                 Severity.WARNING,
-                f"torch.nn.SyncBatchNorm on the CPU, where it cannot train, {in_layers(paths)}",
+                f"torch.nn.SyncBatchNorm on the CPU, where ranks cannot train it, {in_layers(paths)}",
                 paths,
                 repair('convert(model, to="batchnorm", example=batch)', "the same state dict"),
                 layers=float(len(paths)),

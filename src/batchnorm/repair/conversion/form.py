@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -65,6 +66,14 @@ class Form:
             parameters=dict.fromkeys(self.parameters),
             buffers=dict.fromkeys(self.buffers),
             dtypes={name: b.dtype for name, b in self.buffers.items() if b is not None},
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Form:
+        """A copy in the same ranks: a process group exists once, and cannot be copied."""
+        group = self.settings.get("process_group")
+        memo[id(group)] = group
+        return Form(
+            **{each.name: deepcopy(getattr(self, each.name), memo) for each in fields(self)}
         )
 
     def with_what(self, now: Form) -> Form:

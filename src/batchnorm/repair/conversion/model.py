@@ -21,9 +21,9 @@ from batchnorm.repair.conversion.observation import Observation
 from batchnorm.repair.conversion.optimizer import release
 from batchnorm.repair.conversion.order import Order, is_lazy_model
 from batchnorm.repair.conversion.result import Conversion
-from batchnorm.repair.conversion.target import LOSSLESS, TARGETS, Options
+from batchnorm.repair.conversion.target import LOSSLESS, OURS_TOO, TARGETS, Options
 from batchnorm.repair.conversion.work import Work
-from batchnorm.statistics import Statistics
+from batchnorm.statistics import Statistics, Sync
 
 __all__ = ["convert"]
 
@@ -49,6 +49,7 @@ def convert(
     convert(model, to=Ghost(32))                # with a policy
     convert(model, to="batchnorm", fuse=True)   # and take over the ReLUs behind them
     convert(model, to="torch")                  # and back
+    convert(model, to="sync")                   # with the statistics of all ranks
     convert(model, to="group_norm").undo()
     convert(model, to="drop_bias", optimizer=optimizer)
     ```
@@ -62,8 +63,12 @@ def convert(
     - `to`: what to make of them.
       - "batchnorm": this library's, and with a policy such as `Ghost(32)` those; torchvision's
         FrozenBatchNorm2d, and what holds and computes the same, frozen; timm's BatchNormAct2d
-        with its activation.
-      - "torch": `torch.nn`'s BatchNorm1d, 2d or 3d; "sync": `torch.nn.SyncBatchNorm`.
+        with its activation; `torch.nn.SyncBatchNorm`, over the same ranks as before, with
+        `Sync()`, which is `Batch()` where there is one process.
+      - "sync": this library's with `Sync()`, on any device; those that share statistics already
+        do so with the same ranks.
+      - "torch": `torch.nn`'s BatchNorm1d, 2d or 3d; "torch_sync": `torch.nn.SyncBatchNorm`, which
+        trains on GPUs alone.
       - "original": what each was before it was converted first.
       - "group_norm": `torch.nn.GroupNorm`; "instance_norm": `torch.nn.InstanceNorm`;
         "layer_norm" and "rms_norm": `torch.nn`'s over the channels of each position, as in
@@ -83,7 +88,7 @@ def convert(
       where that takes nothing else. Calls of functions are no modules and stay.
     - `groups`: of a GroupNorm, 32 if not given: the largest divisor of the channels up to that
       which leaves at least two channels in a group.
-    - `process_group`: of a SyncBatchNorm.
+    - `process_group`: the ranks, of "sync" and "torch_sync"; by default all.
 
     Returns what was done. A layer that does what its class does not tell, a subclass with a forward
     of its own say, is left as it is, with the reason. On any failure so is the whole model.
@@ -166,13 +171,16 @@ def _asked(
         raise TypeError(
             f"to must be a name such as 'torch' or a policy such as Ghost(32); got {to!r}"
         )
-    for option, given, target in (
-        ("fuse", fuse or None, "batchnorm"),
-        ("groups", groups, "group_norm"),
-        ("process_group", process_group, "sync"),
+    for option, given, targets in (
+        ("fuse", fuse or None, OURS_TOO),
+        ("groups", groups, ("group_norm",)),
+        ("process_group", process_group, ("sync", "torch_sync")),
     ):
-        if given is not None and name != target:
-            raise ValueError(f"{option}= is an option of to={target!r}, got it with to={to!r}")
+        if given is not None and name not in targets:
+            of = " and ".join(f"to={target!r}" for target in targets)
+            raise ValueError(f"{option}= is an option of {of}, got it with to={to!r}")
+    if name == "sync":
+        Sync(process_group)  # raises for what is no group
     if groups is not None and groups < 1:
         raise ValueError(f"groups must be at least 1, got {groups}")
     return name, options._replace(groups=groups or options.groups, process_group=process_group)

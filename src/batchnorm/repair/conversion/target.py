@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.kernels import IDENTITY
 from batchnorm.layers.base import BatchNorm, checked_statistics
-from batchnorm.models.norms import TorchBatchNorm
+from batchnorm.models.norms import TorchBatchNorm, sync_of
+from batchnorm.ranks import size_of
 from batchnorm.repair.conversion.channel_first import ChannelLayerNorm, ChannelRMSNorm
 from batchnorm.repair.conversion.form import COMMON, Form, fresh
 from batchnorm.repair.conversion.source import (
@@ -27,10 +28,9 @@ from batchnorm.repair.conversion.source import (
     Source,
     new,
 )
-from batchnorm.statistics import Batch, Running, Statistics
-from batchnorm.statistics.running import Untracked
+from batchnorm.statistics import Batch, Running, Statistics, Sync, Untracked
 
-__all__ = ["LOSSLESS", "TARGETS", "Options", "Plan"]
+__all__ = ["LOSSLESS", "OURS_TOO", "TARGETS", "Options", "Plan"]
 
 
 class Options(NamedTuple):
@@ -64,6 +64,8 @@ _WIDE = ("running_mean", "running_var")
 def _ours(source: Source, options: Options) -> Plan:
     """This library's layer, with the policy that is asked for, or that it has or had."""
     statistics = options.statistics
+    if statistics is None and source.base is nn.SyncBatchNorm:
+        statistics = _shared(source)  # and goes on to
     kind = source.form.kind
     if not source.is_ours:
         kind = _kind_of(source, LAZY_OURS if source.is_lazy else OURS)
@@ -100,13 +102,43 @@ def _torch(source: Source, _: Options) -> Plan:
 
 
 def _sync(source: Source, options: Options) -> Plan:
-    """torch.nn.SyncBatchNorm."""
+    """This library's layer, synchronized: over the ranks that are asked for, or that it was."""
+    policy, group = source.form.settings.get("statistics"), options.process_group
+    if isinstance(policy, Running) and source.form.settings["_thawed"] is None:
+        raise Refused(f"statistics={policy} asks for no batch, nor for other ranks'; set Batch()")
+    sync = (_shared(source) if group is None else sync_of(source.module)) or Sync()
+    if group is not None:
+        sync = replace(sync, group=group, neighbours=None)
+    statistics = Untracked(sync) if isinstance(policy, Untracked) else sync
+    return _ours(source, options._replace(statistics=statistics))
+
+
+def _shared(source: Source) -> Sync | None:
+    """The policy by which the layer shares its statistics with other ranks already."""
+    sync = sync_of(source.module)
+    if sync is None and source.base is nn.SyncBatchNorm:
+        raise Refused(
+            f"its process_group, {source.form.settings['process_group']!r}, is none that this "
+            "process is in; set it to one, or to None for all ranks"
+        )
+    return sync
+
+
+def _torch_sync(source: Source, options: Options) -> Plan:
+    """torch.nn.SyncBatchNorm, over the ranks that are asked for, or that it was."""
     source.check_not_lazy()
-    group = {} if options.process_group is None else {"process_group": options.process_group}
-    return _torch_norm(source, nn.SyncBatchNorm, **group)
+    group, holds = options.process_group, None
+    sync = sync_of(source.module) if source.is_ours else None
+    if sync is not None and sync.slices is None and (sync.neighbours is None or size_of(None) > 1):
+        group, holds = group or sync.process_group, sync
+    told = {} if group is None else {"process_group": group}
+    return _torch_norm(source, nn.SyncBatchNorm, holds, **told)
 
 
-def _torch_norm(source: Source, kind: type[nn.Module], **told: Any) -> Plan:
+def _torch_norm(
+    source: Source, kind: type[nn.Module], holds: Statistics | None = None, **told: Any
+) -> Plan:
+    """A layer of torch.nn, which holds a policy beside the batch's own, and is told settings."""
     name = f"torch.nn.{kind.__name__}"
     if source.act != IDENTITY:
         raise Refused(f"its activation {source.act} has no place in {name}")
@@ -115,7 +147,7 @@ def _torch_norm(source: Source, kind: type[nn.Module], **told: Any) -> Plan:
     form.settings.update(told)
     lost = []
     statistics = source.form.settings.get("statistics", Batch())
-    if statistics != Batch():
+    if statistics not in (Batch(), holds):
         lost.append(f"statistics={statistics}")
     form, rounded = _narrowed(source, form)
     if rounded:
@@ -186,6 +218,7 @@ TARGETS: dict[str, Target] = {
     "batchnorm": _ours,
     "torch": _torch,
     "sync": _sync,
+    "torch_sync": _torch_sync,
     "original": _original,
     "group_norm": _group_norm,
     "instance_norm": _instance_norm,
@@ -193,7 +226,10 @@ TARGETS: dict[str, Target] = {
     "rms_norm": _rms_norm,
     "identity": _identity,
 }
-LOSSLESS = ("batchnorm", "torch", "sync", "original")
+OURS_TOO = ("batchnorm", "sync")
+"""The targets that are this library's layers."""
+
+LOSSLESS = (*OURS_TOO, "torch", "torch_sync", "original")
 """The targets that are batch norms, from which there is a way back."""
 
 

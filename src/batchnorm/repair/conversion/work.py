@@ -20,7 +20,7 @@ from batchnorm.repair.conversion.fusion import Fusion, fused_activation, groups,
 from batchnorm.repair.conversion.order import Order
 from batchnorm.repair.conversion.result import Conversion, Made
 from batchnorm.repair.conversion.source import FUSED, Refused, Source, understood
-from batchnorm.repair.conversion.target import TARGETS, Options, Plan
+from batchnorm.repair.conversion.target import OURS_TOO, TARGETS, Options, Plan
 
 __all__ = ["Work"]
 
@@ -79,7 +79,7 @@ class Work:
         for module, path in meant.items():
             try:
                 source = understood(module)
-                if module in of_domains and name not in ("batchnorm", "original"):
+                if module in of_domains and name not in (*OURS_TOO, "original"):
                     raise Refused("its DomainBatchNorm gives it a residual and a mask")
             except Refused as reason:
                 self.skipped[path] = str(reason)
@@ -87,7 +87,7 @@ class Work:
             if self.shapes is not None:
                 source.shapes = tuple(self.shapes.get(module, ()))
             self.sources[module] = source
-        if name != "batchnorm":
+        if name not in OURS_TOO:
             self._unfuse(name, options)
         for module in self.sources:
             if module not in self.plans and self.paths[module] not in self.skipped:

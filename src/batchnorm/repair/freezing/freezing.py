@@ -116,7 +116,8 @@ def freeze(
     - `where`: which layers, by path (`"backbone.*"`), or by asking `where(path, layer)`; all.
     - `statistics`: whose to use in training: the `"running"` ones, or the `"batch"`'s, as the
       layer's policy takes them.
-    - `updates`: whether the running ones move towards the batch's.
+    - `updates`: whether the running ones move towards the batch's; where they are used too, to
+      this rank's, also in a layer of statistics=Sync(): `reduce_statistics` merges them.
     - `learns`: whether γ and β learn where they did; if not, they have no gradients.
 
     Returns what was changed, which can be undone.

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from batchnorm.functional import Normalization, again, moments
-from batchnorm.functional.operation import epilogue_of
+from batchnorm.functional.halves import input_gradient, residual_gradient, sums_of
 from batchnorm.functional.recipe import Settings
-from batchnorm.kernels import Activation, Coefficients, Epilogue, backend_for, coefficients_of
-from batchnorm.kernels.contract import biased
+from batchnorm.kernels import Activation, Sums
 from batchnorm.moments import Moments
+from batchnorm.ranks import Peers, SyncError
 
 __all__ = ["Part", "normalize_together"]
 
@@ -27,18 +27,27 @@ class Part(NamedTuple):
 
 
 def normalize_together(
-    parts: Sequence[Part], weight: Tensor | None, bias: Tensor | None, eps: float, act: Activation
+    parts: Sequence[Part],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: Activation,
+    peers: Peers | None = None,
 ) -> tuple[Sequence[Tensor], Sequence[Normalization]]:
     """yᵢ = act(γ·(xᵢ − mean)/√(var + ε) + β + residualᵢ), with all parts' mean and variance.
 
     The gradients run through the mean and the variance to all parts. Returns the outputs, and
     how each was computed.
+
+    - `peers`: the ranks whose parts are meant too; None: those of this one.
     """
     pooled = Moments.merge(moments(part.x.detach(), mask=part.mask) for part in parts)
+    if peers is not None:
+        pooled = peers.merged(pooled)
     settings = Settings(False, 1, eps, act.name, act.parameter)
     how = [Normalization(pooled, settings, *part, weight, bias) for part in parts]
     xs, residuals, _ = zip(*parts, strict=True)
-    outputs: tuple[Tensor, ...] = _apply(how, weight, bias, *xs, *residuals)
+    outputs: tuple[Tensor, ...] = _apply(how, peers, weight, bias, *xs, *residuals)
     return outputs, how
 
 
@@ -49,11 +58,12 @@ class _Together(torch.autograd.Function):
     def forward(
         ctx: Any,
         how: Sequence[Normalization],
+        peers: Peers | None,
         weight: Tensor | None,
         bias: Tensor | None,
         *_: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        pooled, ctx.settings = how[0].moments, how[0].settings
+        pooled, ctx.settings, ctx.peers = how[0].moments, how[0].settings, peers
         ctx.residual_dtypes = [None if n.residual is None else n.residual.dtype for n in how]
         # only the derivative of an activation asks for the residual again
         kept = [None if ctx.settings.act == "identity" else n.residual for n in how]
@@ -65,42 +75,33 @@ class _Together(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
-        """Sums over all parts, then each part's gradient: `kernels.reference.backward`, cut."""
+        """Sums over all parts, then each part's gradient."""
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "pooled_forward is differentiated once, and create_graph=True asks for more; for "
                 "second derivatives call the model with one batch"
             )
         weight, bias, *rest = ctx.saved_tensors
-        pooled, xs, residuals, masks = Moments(*rest[:3]), *_in_three(rest[3:])
-        _, _, eps, act, parameter = ctx.settings
-        coefficients = coefficients_of(xs[0], pooled, weight, bias, eps)
-        epilogues = [
-            epilogue_of(r, m, act, parameter) for r, m in zip(residuals, masks, strict=True)
-        ]
-        sums = [
-            backend_for(x, epilogue).backward_reduce(dy, x, coefficients, epilogue)
-            for dy, x, epilogue in zip(dys, xs, epilogues, strict=True)
-        ]
-        totals, projections, gs = zip(*sums, strict=True)
-        total = torch.stack(totals).sum(0)
-        rounded = coefficients.center - pooled.mean  # the sums are about the rounded center
-        projection = torch.stack(projections).sum(0) + rounded * total
-        inverse = torch.rsqrt(biased(pooled) + eps)
-        n = pooled.count.clamp(min=1)
-        slope = -inverse.square() * projection / n
-        offset = -total / n + rounded * slope
-        asked = ctx.needs_input_grad[3 : 3 + len(xs)]
+        pooled, (xs, residuals, masks) = Moments(*rest[:3]), _in_three(rest[3:])
+        parts = zip(xs, residuals, masks, strict=True)
+        how = [Normalization(pooled, ctx.settings, *part, weight, bias) for part in parts]
+        sums, gs = zip(*(sums_of(dy, n) for dy, n in zip(dys, how, strict=True)), strict=True)
+        mine = Sums(*(torch.stack(each).sum(0) for each in zip(*sums, strict=True)))
+        everybody = mine if ctx.peers is None else _total(mine, ctx.peers)
+        asked = ctx.needs_input_grad[4 : 4 + len(xs)]
         dxs = [
-            _input_gradient(dy, x, g, epilogue, coefficients, slope, offset) if needed else None
-            for needed, dy, x, g, epilogue in zip(asked, dys, xs, gs, epilogues, strict=True)
+            input_gradient(dy, g, n, everybody) if needed else None
+            for needed, dy, g, n in zip(asked, dys, gs, how, strict=True)
         ]
         d_residuals = [
-            _residual_gradient(*of) for of in zip(dys, gs, masks, ctx.residual_dtypes, strict=True)
+            residual_gradient(*of) for of in zip(dys, gs, masks, ctx.residual_dtypes, strict=True)
         ]
-        d_weight = None if weight is None else (projection * inverse).to(weight.dtype)
-        d_bias = None if bias is None else total.to(bias.dtype)
-        return None, d_weight, d_bias, *dxs, *d_residuals
+        d_weight = d_bias = None
+        if weight is not None:
+            d_weight = mine.weight_gradient(pooled, ctx.settings.eps).to(weight.dtype)
+        if bias is not None:
+            d_bias = mine.total.to(bias.dtype)
+        return None, None, d_weight, d_bias, *dxs, *d_residuals
 
 
 _apply: Any = _Together.apply
@@ -111,26 +112,22 @@ def _in_three(tensors: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Seq
     return tensors[:k], tensors[k : 2 * k], tensors[2 * k :]
 
 
-def _input_gradient(
-    dy: Tensor,
-    x: Tensor,
-    g: Tensor | None,
-    epilogue: Epilogue,
-    coefficients: Coefficients,
-    slope: Tensor,
-    offset: Tensor,
-) -> Tensor:
-    """That of x; `g`, where there was a residual, is dy taken through the activation."""
-    if g is not None:
-        dy, epilogue = g, Epilogue(mask=epilogue.mask)
-    backend = backend_for(x, epilogue)
-    return backend.backward_apply(dy, x, coefficients, epilogue, slope, offset)
+def _total(mine: Sums, peers: Peers) -> Sums:
+    """The sums over all ranks.
 
-
-def _residual_gradient(
-    dy: Tensor, g: Tensor | None, mask: Tensor | None, dtype: torch.dtype | None
-) -> Tensor | None:
-    """That of `dtype`'s residual; dy itself where nothing but the mask came after it."""
-    if dtype is None or g is not None:
-        return g
-    return (dy if mask is None else dy.where(mask.unsqueeze(1), 0)).to(dtype)
+    Autograd's order depends on how many nodes each thread has made, which may differ between
+    ranks: so the layer's tag goes with the sums, and Σt² = (Σt)²/ranks only where all are alike.
+    """
+    tag = mine.total.new_tensor([peers.caller.tag, peers.caller.tag**2, 1])
+    total = peers.total(torch.cat((*mine, tag)))
+    of_tags, of_squares, ranks = total[-3:]
+    differs = of_tags.square() != of_squares * ranks
+    if total.device.type == "cpu":
+        if differs:
+            raise SyncError(
+                f"the ranks went backward through pooled_forward in different orders, at "
+                f"{peers.caller.name} this one; let all have as many micro-batches"
+            )
+    else:  # to look would wait for the device
+        total = total.masked_fill(differs, torch.nan)
+    return Sums(*total[:-3].split(len(mine.total)))

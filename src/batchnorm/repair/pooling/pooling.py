@@ -21,13 +21,14 @@ from batchnorm.kernels import IDENTITY
 from batchnorm.layers import BatchNorm
 from batchnorm.models.calling import Forward, call
 from batchnorm.models.compiled import is_compiled
-from batchnorm.models.norms import TorchBatchNorm, batch_norms, has_usual_forward
+from batchnorm.models.norms import TorchBatchNorm, batch_norms, has_usual_forward, sync_of
 from batchnorm.models.snapshot import undone_on_failure
-from batchnorm.repair.accumulation import is_accumulated, is_recomputation, ranks_of
+from batchnorm.ranks import Caller, Peers, caller_of, step
+from batchnorm.repair.accumulation import is_accumulated, is_recomputation
 from batchnorm.repair.pooling.lockstep import ask, in_lockstep
 from batchnorm.repair.pooling.operation import Part, normalize_together
-from batchnorm.statistics import Batch, Running
-from batchnorm.statistics.running import Untracked
+from batchnorm.repair.table import shown
+from batchnorm.statistics import Batch, Running, Statistics, Sync, Untracked
 
 __all__ = ["pooled_forward"]
 
@@ -51,7 +52,9 @@ def pooled_forward(
 
     with gradients through both. Outputs, gradients, running statistics and counters are those of
     one forward pass of `torch.cat(batches)`, to rounding; and of images of different sizes, which
-    nobody can stack, those of the batch that they would make. Each layer tracks it once.
+    nobody can stack, those of the batch that they would make. Each layer tracks it once. Layers
+    that share statistics with other ranks, by statistics=Sync() or as SyncBatchNorm, pool the
+    micro-batches of all of them, by one exchange each way; all ranks call this then.
 
     It is for such batches: it saves no memory by itself. Each layer's gradient asks for sums over
     all micro-batches, so that all of them are kept until the backward pass, as the pooled batch
@@ -76,10 +79,10 @@ def pooled_forward(
     Returns the outputs, in the order of the batches.
 
     Raises `TypeError` for what is no module, and for layers with a forward of their own or with
-    another policy than `Batch()` or `Running()`; `ValueError` for no batches, and for a model that
-    is compiled, lazy or accumulated; `RuntimeError` where micro-batches take different paths
-    through the model, or a checkpoint lies within. After these and any other exception, the
-    model's buffers and attributes are what they were.
+    another policy than `Batch()`, `Running()` or `Sync()`; `ValueError` for no batches, and for a
+    model that is compiled, lazy or accumulated; `RuntimeError` where micro-batches take different
+    paths through the model, or a checkpoint lies within; `SyncError` where ranks do. After these
+    and any other exception, the model's buffers and attributes are what they were.
 
     Source: Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing
     sample variances", eq. 2.1; Ioffe & Szegedy 2015, "Batch normalization", algorithm 1.
@@ -97,6 +100,7 @@ class _Call:
 
     path: str
     norm: TorchBatchNorm
+    caller: Caller  # the layer, as other ranks know it
     part: Part
     records: bool  # whether autograd does, in the lane
 
@@ -127,7 +131,7 @@ def _forward(path: str, norm: TorchBatchNorm, input: Tensor, **options: Tensor |
     part = Part(input, **options)
     held = {name: getattr(norm, name) for name in ("weight", "bias", "running_mean")}
     check_input(input, residual=part.residual, mask=part.mask, **held)
-    y, how = ask(_Call(path, norm, part, torch.is_grad_enabled()))
+    y, how = ask(_Call(path, norm, caller_of(norm), part, torch.is_grad_enabled()))
     if observer.notify is not None and y.requires_grad:  # rematerialize
         observer.notify(y, how)
     return y
@@ -144,15 +148,24 @@ def _meet(calls: list[_Call | None]) -> list[Any]:
         )
     parts = [each.part for each in calls if each is not None]
     norm, xs = first.norm, [part.x for part in parts]
-    _check_together(first.path, xs)
+    sync = sync_of(norm) if norm.training else None
+    peers = None if sync is None or sync.size == 1 else Peers(sync.process_group, first.caller)
+    _check_fit(first.path, xs)
+    if peers is None:
+        _check_has_variance(first.path, xs, sum(map(_values, xs)))
     if norm.eps <= 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {norm.eps}")
     act = norm.act if isinstance(norm, BatchNorm) else IDENTITY
     with torch.set_grad_enabled(first.records):
-        outputs, how = normalize_together(parts, norm.weight, norm.bias, norm.eps, act)
+        outputs, how = normalize_together(parts, norm.weight, norm.bias, norm.eps, act, peers)
+    pooled = how[0].moments
+    if peers is not None and sum(map(_values, xs)) < 2:  # no other rank can be short of them
+        _check_has_variance(first.path, xs, int(pooled.count[0]))
     if norm.running_mean is not None and norm.running_var is not None and _tracks(norm):
-        batches, moments = norm.num_batches_tracked, how[0].moments
-        track(norm.running_mean, norm.running_var, batches, moments, norm.momentum)
+        running = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        if peers is not None:
+            step.keep(*running)
+        track(*running, pooled, norm.momentum)
     return list(zip(outputs, how, strict=True))
 
 
@@ -175,22 +188,28 @@ def _is_checkpointed() -> bool:
     return frame is not None
 
 
-def _check_together(path: str, xs: Sequence[Tensor]) -> None:
-    """Raise unless the parts of a batch fit each other, and have a variance."""
+def _check_fit(path: str, xs: Sequence[Tensor]) -> None:
+    """Raise unless the parts of a batch fit each other."""
     kinds = {(x.shape[1], x.dtype, x.device) for x in xs}
     if len(kinds) > 1:
         raise ValueError(
-            f"the micro-batches at {path} must have one number of channels, dtype and device, got "
+            f"the micro-batches at {shown(path)} must have one number of channels, dtype and "
+            "device, got "
             + "; ".join(f"{c} channels of {dtype} on {device}" for c, dtype, device in kinds)
         )
-    if sum(x.shape[0] * x.shape[2:].numel() for x in xs) == 1:
+
+
+def _values(x: Tensor) -> int:
+    """Per channel."""
+    return x.shape[0] * x.shape[2:].numel()
+
+
+def _check_has_variance(path: str, xs: Sequence[Tensor], count: int) -> None:
+    if count == 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, got input size "
-            f"{tuple(xs[0].shape)} at {path} in all micro-batches together"
+            f"{tuple(xs[0].shape)} at {shown(path)} in all micro-batches together"
         )
-
-
-_POOLED = (Batch(), Running(), Untracked(Batch()), Untracked(Running()))
 
 
 def _checked(model: nn.Module, batches: Sequence[Any]) -> dict[str, TorchBatchNorm]:
@@ -225,13 +244,15 @@ def _check_layer(path: str, norm: TorchBatchNorm) -> None:
             f"{path} is a {type(norm).__name__} with a forward of its own, of which nobody knows "
             "what it does beside normalizing; use torch.nn's layer or batchnorm's"
         )
-    if isinstance(norm, BatchNorm) and norm.statistics not in _POOLED:
+    if isinstance(norm, BatchNorm) and not _is_pooled(norm.statistics):
         raise TypeError(
-            f"{path} normalizes with statistics={norm.statistics}; pooled_forward knows Batch() "
-            "and Running(). For the running statistics alone use accumulate(model, steps)"
+            f"{path} normalizes with statistics={norm.statistics}; pooled_forward knows Batch(), "
+            "Sync() and Running(). For the running statistics alone use accumulate(model, steps)"
         )
-    if ranks_of(norm) > 1:
-        raise TypeError(
-            f"{path} is a SyncBatchNorm over several ranks; pooled_forward pools the micro-batches "
-            "of one rank"
-        )
+
+
+def _is_pooled(policy: Statistics) -> bool:
+    policy = policy.policy if isinstance(policy, Untracked) else policy
+    if isinstance(policy, Sync):  # of whatever ranks
+        return policy.slices is None
+    return policy in (Batch(), Running())
