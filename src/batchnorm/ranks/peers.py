@@ -51,6 +51,7 @@ class Peers:
 
     def merged(self, mine: Moments) -> Moments:
         """The moments (c,) of all ranks' data, the same bits on each: 2c + 1 numbers are sent."""
+        step.begin(self)
         rows = self._gathered(_packed(mine, self.caller.tag), "the forward of ")
         if self.caller.tag:
             differs = _differ(rows, self.caller.tag)
@@ -62,7 +63,7 @@ class Peers:
 
     def total(self, sums: Tensor) -> Tensor:
         """The sum of all ranks' numbers, which are the backward pass's."""
-        step.go_back()
+        step.go_back(self)
         if sums.device.type == "cpu":
             return self._gathered(sums, "the backward of ").sum(0)
         total = sums.clone()
