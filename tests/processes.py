@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 PORT_FREE = 0
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", PORT_FREE))
         return s.getsockname()[1]
@@ -34,4 +34,4 @@ def _worker(rank: int, world: int, port: int, work: Callable, args: tuple) -> No
 
 def run_ranks(world: int, work: Callable, *args) -> None:
     """Call `work(rank, world, *args)` in `world` processes; raise what any of them raised."""
-    mp.spawn(_worker, (world, _free_port(), work, args), nprocs=world)
+    mp.spawn(_worker, (world, free_port(), work, args), nprocs=world)
