@@ -263,6 +263,15 @@ def test_the_registered_operation_passes_torch_s_own_checks(frozen, masked):
     )  # fmt: skip
     torch.library.opcheck(torch.ops.batchnorm.batch_norm.default, arguments)
     torch.library.opcheck(torch.ops.batchnorm.moments.default, (x.detach(), mask, 2))
+    if not frozen:
+        how = (*(t if t is None else t.detach() for t in arguments[:5]), *given, *arguments[8:])
+        torch.library.opcheck(torch.ops.batchnorm.backward_sums.default, (x.detach(), *how))
+        sums = (torch.ones(3), torch.ones(3))
+        for g, residual in ((None, None), (how[1], how[1])):
+            rest = (how[0], residual, *how[2:], *sums)
+            torch.library.opcheck(
+                torch.ops.batchnorm.backward_input.default, (x.detach(), g, *rest)
+            )
 
 
 BAD = [

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from batchnorm import (
     rematerialize,
 )
 from batchnorm.functional import synchronized_batch_norm
-from batchnorm.ranks import GraphPeers, Peers
+from batchnorm.ranks import GraphPeers, Peers, peers
 from collectives import counted_collectives
 from processes import run_ranks
 
@@ -374,12 +375,37 @@ def _who_is_elsewhere_is_told(rank, world):
         dist.barrier()
 
 
+def _as_on_a_gpu(rank, world):
+    """All-gather and all-reduce, and no look at what they bring: layers mixed up become NaN."""
+    with mock.patch.object(peers, "_is_direct", return_value=False):
+        x = torch.randn(4, 5, 3, requires_grad=True)
+        with counted_collectives() as sent:
+            BatchNorm1d(5, statistics=Sync())(x).sum().backward()
+        gather = "all_gather_" + ("single" if hasattr(dist, "all_gather_single") else "into_tensor")
+        assert sent == [(gather, 2 * 11 * 8), ("all_reduce", 10 * 8)]
+        _training_is_one_process_s(rank, world)
+        x = torch.randn(4, 3, dtype=torch.float64, generator=seeded(rank))
+        graph = GraphPeers(dist.group.WORLD.group_name, world, rank)
+        found = []
+        for asked in (Peers(None), graph):
+            mine = x.clone().requires_grad_()
+            y, _ = synchronized_batch_norm(mine, peers=asked)
+            found += [y, torch.autograd.grad(y.pow(3).sum(), mine)[0]]
+        assert torch.equal(found[0], found[2])
+        assert torch.equal(found[1], found[3])
+        model = Forks(3, "first" if rank == 0 else "other")
+        assert model(torch.randn(2, 3)).isnan().all()
+        assert model.stem.num_batches_tracked == 1
+        assert model.first.num_batches_tracked == model.other.num_batches_tracked == 0
+
+
 def _two_ranks(rank, world):
     _collectives(rank, world)
     _functions(rank, world)
     _training_is_one_process_s(rank, world)
     _slices_are_one_process_s(rank, world)
     _the_switches(rank, world)
+    _as_on_a_gpu(rank, world)
     _who_is_elsewhere_is_told(rank, world)
 
 

@@ -99,6 +99,7 @@ def _how(*flat: Any) -> Normalization:
     mutates_args=(),
     schema=f"(Tensor dy, {_HOW}) -> (Tensor, Tensor, Tensor)",
 )
+@torch.no_grad()
 def _registered_sums(dy: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     (total, projection), g = _sums(dy, _how(*flat))
     return total, projection, dy.new_empty(0) if g is None else g
@@ -116,6 +117,7 @@ def _(dy: Tensor, x: Tensor, residual: Tensor | None, *_: Any) -> tuple[Tensor, 
     mutates_args=(),
     schema=f"(Tensor dy, Tensor? g, {_HOW}, Tensor total, Tensor projection) -> Tensor",
 )
+@torch.no_grad()
 def _registered_input(dy: Tensor, g: Tensor | None, *flat: Any) -> Tensor:
     *how, total, projection = flat
     return _input(dy, g, _how(*how), Sums(total, projection))

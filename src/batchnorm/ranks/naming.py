@@ -37,12 +37,11 @@ def caller_of(layer: nn.Module) -> Caller:
     """The layer as its model calls it, looked up at its first call and then remembered."""
     known = _callers.get(layer)
     if known is None:
-        for root in _running_modules():
+        known = _named(layer, "")
+        for root in _running_modules():  # the outermost comes last, and its name stays
             paths = (name for name, module in root.named_modules() if module is layer)
             path = next(paths, None)
-            if path is not None:
-                known = _named(root, path)
-        known = known or _named(layer, "")
+            known = known if path is None else _named(root, path)
         _callers[layer] = known
     return known
 
@@ -57,13 +56,13 @@ def _running_modules() -> Iterator[nn.Module]:
 
 
 def _named(root: nn.Module, path: str) -> Caller:
-    """The last module that was asked is the outermost: its name stays."""
-    parts = [part for part in path.split(".") if part not in _WRAPPERS]
-    inner = root
-    while (wrapped := next((inner._modules.get(w) for w in _WRAPPERS), None)) is not None:
-        inner = wrapped
-    short = ".".join(parts)
-    return Caller(".".join(filter(None, (type(inner).__name__, short))), _tag(short))
+    parts = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+    while len(root._modules) == 1 and next(iter(root._modules)) in _WRAPPERS:
+        (wrapped,) = root._modules.values()
+        if wrapped is None:
+            break
+        root = wrapped
+    return Caller(".".join(filter(None, (type(root).__name__, parts))), _tag(parts))
 
 
 def _tag(path: str) -> int:

@@ -55,7 +55,7 @@ class Peers:
         rows = self._gathered(_packed(mine, self.caller.tag), "the forward of ")
         if self.caller.tag:
             differs = _differ(rows, self.caller.tag)
-            if rows.device.type == "cpu":
+            if _is_direct(rows):
                 self._raise_if(differs.nonzero().flatten().tolist(), "the forward of ")
             else:  # to look would wait for the device: what another layer sent becomes NaN
                 rows[:, 1:].masked_fill_(differs.any(), torch.nan)
@@ -64,7 +64,7 @@ class Peers:
     def total(self, sums: Tensor) -> Tensor:
         """The sum of all ranks' numbers, which are the backward pass's."""
         step.go_back(self)
-        if sums.device.type == "cpu":
+        if _is_direct(sums):
             return self._gathered(sums, "the backward of ").sum(0)
         total = sums.clone()
         with self._named_errors("the backward of "):
@@ -74,12 +74,12 @@ class Peers:
     def _gathered(self, mine: Tensor, doing: str) -> Tensor:
         """Every rank's numbers (n,) → (ranks, n)."""
         size = size_of(self.group)
-        if mine.device.type != "cpu":
-            rows = mine.new_empty(size, mine.numel())
+        if not _is_direct(mine):
+            flat = mine.new_empty(size * mine.numel())
             gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
             with self._named_errors(doing):
-                gather(rows, mine, group=self.group)
-            return rows
+                gather(flat, mine, group=self.group)
+            return flat.view(size, -1)
         n, me = mine.numel(), dist.get_rank(self.group)
         sizes = [max(n + 1, _ROOM)] * size
         sizes[me] = n
@@ -127,7 +127,7 @@ class GraphPeers(NamedTuple):
 
     def total(self, sums: Tensor) -> Tensor:
         """The sum of all ranks' numbers."""
-        if sums.device.type == "cpu":
+        if _is_direct(sums):
             return self._gathered(sums).sum(0)
         reduced = torch.ops._c10d_functional.all_reduce(sums, "sum", self.name)
         total: Tensor = torch.ops._c10d_functional.wait_tensor(reduced)
@@ -135,7 +135,7 @@ class GraphPeers(NamedTuple):
 
     def _gathered(self, mine: Tensor) -> Tensor:
         n = mine.numel()
-        if mine.device.type != "cpu":
+        if not _is_direct(mine):
             gather = torch.ops._c10d_functional.all_gather_into_tensor
             flat = gather(mine, self.size, self.name)
         else:  # the collective of ranks that are not compiled, or not any more
@@ -145,6 +145,11 @@ class GraphPeers(NamedTuple):
             )
         rows: Tensor = torch.ops._c10d_functional.wait_tensor(flat)
         return rows.view(self.size, n)
+
+
+def _is_direct(tensor: Tensor) -> bool:
+    """Whether each rank sends to every other: where memory is the CPU's, to be looked at."""
+    return tensor.device.type == "cpu"
 
 
 def _packed(moments: Moments, tag: int) -> Tensor:
