@@ -21,6 +21,7 @@ from batchnorm.report import to_json
 from batchnorm.report.json import SCHEMA_VERSION, schema
 from reports import FAILED, WARNED, hostile, measured, report
 
+LISTS = ("modules", "ranks")
 VALIDATOR = Draft202012Validator(schema())
 
 
@@ -28,6 +29,7 @@ def test_json_holds_everything_under_a_version():
     data = json.loads(to_json(report(FAILED, WARNED, disabled={"BN103": "KeyError: 1"})))
     for finding in data["findings"]:
         finding.pop("is_guess", None)
+        assert finding.pop("ranks") == []
     assert data == {
         "version": 1,
         "findings": [
@@ -60,6 +62,8 @@ def test_json_holds_everything_under_a_version():
         "graph": None,
         "profiles": [],
         "timeline": [],
+        "ranks": 1,
+        "endings": [],
     }
 
 
@@ -68,10 +72,10 @@ def test_a_report_comes_back_from_its_json():
     data = json.loads(to_json(it))
     assert data.pop("version") == 1
     findings = tuple(
-        Finding(**{**f, "severity": Severity(f["severity"]), "modules": tuple(f["modules"])})
+        Finding(**f | {n: tuple(f[n]) for n in LISTS} | {"severity": Severity(f["severity"])})
         for f in data.pop("findings")
     )
-    for name in ("rules", "profiles", "timeline"):
+    for name in ("rules", "profiles", "timeline", "endings"):
         data[name] = tuple(data[name])
     assert Report(findings, **data) == it
 

@@ -84,6 +84,7 @@ def test_results_say_what_was_found_the_worst_first():
             "fix": "call model.eval() before this line",
             "place": "train.py:12",
             "numbers": {"layers": 2.0, "passes": 3.0},
+            "ranks": [],
         },
     }
     assert it["results"][2]["properties"]["numbers"] == {"x": None}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchnorm.moments import Moments
 
-__all__ = ["Distance", "between", "distance"]
+__all__ = ["Distance", "apart", "between", "distance"]
 
 LARGEST_SHIFT = 0.5  # of a standard deviation
 LARGEST_STRETCH = 1.5  # of the standard deviation, either way
@@ -100,6 +100,18 @@ def between(one: list[Moments], other: list[Moments], eps: float) -> Distance:
     return Distance(
         _rms(shift), math.hypot(*shift_error), _rms(stretch), math.hypot(*stretch_error)
     )
+
+
+def apart(
+    one: tuple[Float[Tensor, " c"], Float[Tensor, " c"]],
+    other: tuple[Float[Tensor, " c"], Float[Tensor, " c"]],
+    eps: float,
+) -> tuple[float, float]:
+    """How far two running means and variances are apart, as `shift` and `stretch`; no sampling."""
+    (mean, var), (other_mean, other_var) = ([t.double() for t in pair] for pair in (one, other))
+    sigma = (torch.maximum(var, other_var) + eps).sqrt()
+    stretch = ((var + eps).log() - (other_var + eps).log()) / 2
+    return _rms((mean - other_mean) / sigma), _rms(stretch)
 
 
 def _rms(values: Tensor) -> float:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm.audit.call import Call
 from batchnorm.audit.evidence import Evidence, LayerEvidence
@@ -12,7 +15,13 @@ from batchnorm.audit.layer_history import LayerHistory
 from batchnorm.audit.model_history import ModelHistory
 from batchnorm.audit.place import is_inside, is_inside_autograd_function, trail
 from batchnorm.audit.profile import Period
+from batchnorm.audit.rank_view import RankView, Statistics
+from batchnorm.audit.sync_log import SyncLog
+from batchnorm.audit.synchronizing import group_asked
 from batchnorm.audit.update import update
+from batchnorm.models.norms import TorchBatchNorm
+from batchnorm.models.wrapped import unwrapped
+from batchnorm.ranks import caller_of
 
 __all__ = ["History"]
 
@@ -34,6 +43,25 @@ class History:
         self._gone: deque[LayerEvidence] = deque(maxlen=GONE)
         self._room = ROOM
         self._calls = 0
+        self._log = SyncLog()
+        self._distributed: WeakKeyDictionary[DistributedDataParallel, bool] = WeakKeyDictionary()
+        self._broadcast: WeakSet[nn.Module] = WeakSet()  # layers that get rank 0's buffers
+        self._asking: WeakSet[nn.Module] = WeakSet()  # distributed, of layers that synchronize
+
+    def entering(self, model: DistributedDataParallel) -> None:
+        """See whose buffers rank 0's are written over before each forward pass."""
+        if self._distributed.get(model) is not model.broadcast_buffers:
+            self._distributed[model] = model.broadcast_buffers
+            layers = [m for m in model.modules() if isinstance(m, TorchBatchNorm)]
+            change = self._broadcast.add if model.broadcast_buffers else self._broadcast.discard
+            for layer in layers:
+                change(layer)
+            if any(group_asked(layer) for layer in layers):
+                self._asking.add(model)
+        if model in self._asking and model.training and torch.is_grad_enabled():
+            # it asks the others itself, before its layers do
+            wrapped = type(unwrapped(model)).__name__
+            self._log.note(model.process_group, f"DistributedDataParallel of {wrapped}")
 
     def before(self, call: Call) -> None:
         """In training, note the statistics before every few passes; in eval, what is used."""
@@ -46,19 +74,26 @@ class History:
             own = self._begin(call)
         if own.leads is not None:
             own.leads.note_mode(call)
+        if own.may_ask:
+            self._note_asking(own, call)
         if call.tracks:
+            own.trained = True
             if call.has_gradients or is_inside_autograd_function():
                 own.used = None
                 own.passes += 1
                 own.note_learning(call.layer)
                 if own.passes >= own.due:
                     own.refresh(call)
+                    own.is_broadcast = call.layer in self._broadcast
                     call.notes[_NOTE] = own.version, call.running_statistics()
             own.calls += 1
         elif not call.layer.training and call.layer.running_mean is not None:
-            if own.used is None and not is_inside(_ESTIMATES):
-                own.refresh(call)
-                own.note_use()
+            if (own.used is None or own.trained) and not is_inside(_ESTIMATES):
+                if own.used is None:
+                    own.refresh(call)
+                    own.note_use()
+                if own.trained:
+                    own.note_evaluation(call)
             if own.is_averaged:
                 own.note_evaluated(call)
 
@@ -67,8 +102,11 @@ class History:
         own = self._layers.get(call.number)
         if own is None:
             return
-        if call.tracks and call.output is not None and call.output.requires_grad:
-            own.listen(call.output)
+        if call.output is not None and call.output.requires_grad:
+            if call.tracks:
+                own.listen(call.output)
+            elif own.may_ask and not call.layer.training:
+                own.listen_in_eval(call.output)
         note = call.notes.get(_NOTE)
         if note is None:
             return
@@ -82,6 +120,15 @@ class History:
             own.note_batch(batch, origin)
         if own.leads is not None:
             own.leads.note_samples(origin)
+
+    def _note_asking(self, own: LayerHistory, call: Call) -> None:
+        """Count a collective that is about to begin."""
+        own.is_training = call.layer.training
+        group = group_asked(call.layer) if call.layer.training else None
+        if group is not None:
+            if not own.asks:
+                own.name = caller_of(call.layer).name  # which is the same on all that ask
+            own.asks = self._log.note(group, own.name)
 
     def _begin(self, call: Call) -> LayerHistory:
         model = None
@@ -120,6 +167,15 @@ class History:
             uncalled=uncalled,
             samples={own.path: own.leads.samples() for own in layers if own.leads is not None},
         )
+
+    def view(self, rank: int, status: int | None) -> RankView:
+        """What rules that look at all ranks are told of this one."""
+        layers = tuple(own.view() for own in self._layers.values())
+        return RankView(rank, layers, self._log.calls(), status)
+
+    def statistics(self) -> dict[str, Statistics]:
+        """By digest, what the layers hold, and what they were last evaluated with."""
+        return {k: v for own in self._layers.values() for k, v in own.statistics().items()}
 
     def timeline(self) -> tuple[Period, ...]:
         """The modes of every model, one model after the other."""

@@ -9,12 +9,13 @@ import torch
 
 from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding
+from batchnorm.audit.rank_view import RankViews
 from batchnorm.audit.rule import Rule
 from batchnorm.audit.selection import Selection
 from batchnorm.audit.state import State
 from batchnorm.models.graph import Graph
 
-__all__ = ["Look", "evidence_for", "graph_for", "judge", "state_for"]
+__all__ = ["Look", "evidence_for", "graph_for", "judge", "state_for", "views_for"]
 
 Look = tuple[Rule, Callable[[], Iterable[Finding]]]
 """A rule, and how it is asked for its findings."""
@@ -61,3 +62,14 @@ def evidence_for(code: str, evidence: Evidence, selection: Selection) -> Evidenc
         samples={p: s for p, s in evidence.samples.items() if not selection.ignores(code, p)},
         uncalled=[path for path in evidence.uncalled if not selection.ignores(code, path)],
     )
+
+
+def views_for(code: str, ranks: RankViews, selection: Selection) -> RankViews:
+    """What the ranks told, without the layers that a rule is to leave out."""
+    if not selection.modules:
+        return ranks
+    views = [
+        replace(view, layers=tuple(e for e in view.layers if not selection.ignores(code, e.path)))
+        for view in ranks.views
+    ]
+    return replace(ranks, views=views)

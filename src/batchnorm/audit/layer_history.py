@@ -15,7 +15,9 @@ from batchnorm.audit.call import Call, batches_version
 from batchnorm.audit.evidence import LayerEvidence, Origin
 from batchnorm.audit.model_history import ModelHistory
 from batchnorm.audit.profile import GradientNorm
+from batchnorm.audit.rank_view import LayerView, Statistics, digest, name_of
 from batchnorm.audit.update import Direct, Update, direct
+from batchnorm.layers import BatchNorm
 from batchnorm.models.norms import TorchBatchNorm
 from batchnorm.moments import Moments
 from batchnorm.statistics import Renorm
@@ -49,6 +51,7 @@ class LayerHistory:
     def __init__(self, call: Call, leads: ModelHistory | None) -> None:
         layer = call.layer
         self.path = call.path
+        self.name = name_of(call.root, call.path)
         self.layer = ref(layer)
         self.leads = leads
         self.is_averaged = isinstance(call.root, AveragedModel)
@@ -78,6 +81,15 @@ class LayerHistory:
         self.learning = self.frozen = 0  # passes looked at
         self.gradients: list[tuple[int, Tensor]] = []
         self.gradients_every = GRADIENTS_EVERY
+        # policies come and go on this library's layers
+        self.may_ask = isinstance(layer, (nn.SyncBatchNorm, BatchNorm))
+        self.asks: tuple[int, ...] = ()
+        self.is_training = True  # at its last call
+        self.learned_in_eval = 0  # backward passes
+        self.is_broadcast = False
+        self.trained = True  # since it was last evaluated, or never evaluated
+        self.evaluations = 0
+        self.evaluated_with: Statistics | None = None
 
     def refresh(self, call: Call) -> None:
         """Follow the layer, and forget its batches where somebody else wrote its buffers.
@@ -121,6 +133,12 @@ class LayerHistory:
             mean, var = self.running
             self.used = (mean.clone(), var.clone(), list(self.batches))
 
+    def note_evaluation(self, call: Call) -> None:
+        """Copy what inference uses, whatever is known of the batches."""
+        self.trained = False
+        self.evaluations += 1
+        self.evaluated_with = call.running_statistics() if self.used is None else self.used[:2]
+
     def note_evaluated(self, call: Call) -> None:
         """Of averaged weights, which never train: what they are given when they are evaluated."""
         self.passes += 1
@@ -154,6 +172,15 @@ class LayerHistory:
                 self.failed = f"{type(error).__name__}: {error}"
 
         unserializable_hook(hook)  # saving the output is to warn of nothing
+        output.register_hook(hook)
+
+    def listen_in_eval(self, output: Tensor) -> None:
+        """Count backward passes through a layer in eval mode: it is part of what trains."""
+
+        def hook(gradient: Tensor) -> None:
+            self.learned_in_eval += 1
+
+        unserializable_hook(hook)
         output.register_hook(hook)
 
     def note_gradient(self, step: int, gradient: Tensor) -> None:
@@ -191,6 +218,30 @@ class LayerHistory:
                 apart = min(apart, max(version - self.stepped_at, 1))
             self.updates[apart] += 1
         self.stepped_at, self.backwards, self.decay = version, 0, decay
+
+    def statistics(self) -> dict[str, Statistics]:
+        """What the layer holds, and what it was last evaluated with, by digest."""
+        told = (_told(self.running), _told(self.evaluated_with))
+        return {name: pair for name, pair in told if pair is not None}
+
+    def view(self) -> LayerView:
+        """What other ranks are told of it."""
+        held = used = _told(self.running)[0]
+        if not self.is_averaged:  # it changes in other ways than by training
+            used = _told(self.evaluated_with)[0]
+        return LayerView(
+            self.path,
+            self.name,
+            self.eps,
+            weights=digest(self.weight),
+            held=held,
+            used=used if self.evaluations else "",
+            evaluations=self.evaluations,
+            is_broadcast=self.is_broadcast,
+            asks=self.asks,
+            is_training=self.is_training,
+            learned_in_eval=self.learned_in_eval,
+        )
 
     def evidence(self) -> LayerEvidence:
         """At the last evaluation, or now if training went on after it.
@@ -239,6 +290,14 @@ def _finite(batches: list[Update | Direct]) -> list[Moments]:
     moments = [batch.moments() for batch in batches]
     whole = all((m.mean.isfinite() & m.m2.isfinite()).all() for m in moments)
     return moments if whole else []
+
+
+def _told(statistics: Statistics | None) -> tuple[str, Statistics | None]:
+    """Copies, with their digest."""
+    if statistics is None:
+        return "", None
+    mean, var = (t.detach().float().cpu() for t in statistics)
+    return digest(mean, var), (mean, var)
 
 
 def _copies(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

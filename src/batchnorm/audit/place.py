@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ __all__ = [
     "displayed",
     "is_inside",
     "is_inside_autograd_function",
+    "place_of",
     "root_call",
     "root_module",
     "trail",
@@ -68,8 +69,18 @@ def calling_place() -> str | None:
         outside.append(frame)
         if frame.f_code is _MODULE_CALL and not _only_wraps(frame.f_locals["self"]):
             outside.clear()
+    return _first_of_the_user(outside)
+
+
+def place_of(thread: int | None) -> str | None:
+    """`file:line` of the user's own code in which a thread stands, by the thread's number."""
+    frame = None if thread is None else sys._current_frames().get(thread)
+    return None if frame is None else _first_of_the_user(_frames(frame))
+
+
+def _first_of_the_user(frames: Iterable[FrameType]) -> str | None:
     script = getattr(sys.modules.get("__main__"), "__file__", None)
-    for frame in outside:
+    for frame in frames:
         filename = frame.f_code.co_filename
         if filename == script or not _is_library(filename):
             return f"{displayed(Path(filename))}:{frame.f_lineno}"
@@ -119,9 +130,9 @@ def _displayed(filename: str) -> str:
     return displayed(Path(filename))
 
 
-def _frames() -> Iterator[FrameType]:
-    """The stack, innermost first."""
-    frame: FrameType | None = sys._getframe(1)
+def _frames(frame: FrameType | None = None) -> Iterator[FrameType]:
+    """A stack, innermost first; by default that of who asks."""
+    frame = frame or sys._getframe(1)
     while frame is not None:
         yield frame
         frame = frame.f_back

@@ -30,6 +30,7 @@ from batchnorm.audit.history import History
 from batchnorm.audit.judge import Look, evidence_for, judge
 from batchnorm.audit.place import root_module
 from batchnorm.audit.profiling import profiles_of
+from batchnorm.audit.rank_view import RankView, Statistics
 from batchnorm.audit.rule import Rule
 from batchnorm.audit.rules import RULES
 from batchnorm.audit.selection import Selection
@@ -70,7 +71,8 @@ class Probe:
         self._rules = [rule for rule in chosen if _listens(rule) or _weighs(rule)]
         self._entering = [r for r in self._rules if type(r).entering is not Rule.entering]
         self._disabled: dict[str, str] = {}
-        self._history = History() if any(map(_weighs, self._rules)) else None
+        remembers = any(_weighs(rule) or _confronts(rule) for rule in chosen)
+        self._history = History() if remembers else None
         self._watched: dict[int, _Watched] = {}  # by id; an entry goes when its layer does
         self._models: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self._names: Counter[str] = Counter()
@@ -124,6 +126,20 @@ class Probe:
             timeline=() if history is None else history.timeline(),
         )
 
+    def view(self, rank: int, status: int | None) -> tuple[RankView, dict[str, Statistics]]:
+        """What this rank tells the others, and the statistics that its digests stand for.
+
+        - `rank`, `status`: its number, and the exit status of its script; None before its end.
+        """
+        history = self._history
+        if history is not None:
+            try:
+                with torch.no_grad():
+                    return history.view(rank, status), history.statistics()
+            except Exception as error:
+                self._disable(history, error)
+        return RankView(rank, status=status), {}
+
     def _before(self, module: nn.Module, inputs: object) -> None:
         if not _is_seen(module) or _is_traced():
             return
@@ -140,6 +156,11 @@ class Probe:
                     rule.entering(module)
                 except Exception as error:
                     self._disable(rule, error)
+            if self._history is not None:
+                try:
+                    self._history.entering(module)
+                except Exception as error:
+                    self._disable(self._history, error)
 
     def _begin(self, layer: TorchBatchNorm, x: torch.Tensor | None) -> None:
         watched = self._watched.get(id(layer)) or self._watch(layer)
@@ -321,6 +342,11 @@ def _listens(rule: Rule) -> bool:
 def _weighs(rule: Rule) -> bool:
     """Whether a rule looks at what is remembered of a run."""
     return type(rule).weigh is not Rule.weigh
+
+
+def _confronts(rule: Rule) -> bool:
+    """Whether a rule looks at several ranks, each of which remembers its own run."""
+    return type(rule).confront is not Rule.confront
 
 
 def _is_traced() -> bool:

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from batchnorm.audit.call import Call
 from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding, Severity
+from batchnorm.audit.rank_view import RankViews
 from batchnorm.audit.state import State
 from batchnorm.models.graph import Graph
 
@@ -36,7 +37,7 @@ class Rule:
     `findings` for the end. A rule that looks at what lies still, a checkpoint or a model, has
     `examine`, and `compare` where there is another to compare it with; one that looks at the order
     of a model's operations has `read`. One that looks at layers at work, in batches or in a
-    training run, has `weigh`.
+    training run, has `weigh`; one that looks at several ranks side by side, `confront`.
     """
 
     code: ClassVar[str]
@@ -94,4 +95,8 @@ class Rule:
 
     def weigh(self, evidence: Evidence) -> Iterator[Finding]:
         """What is found in what layers were given."""
+        yield from ()
+
+    def confront(self, ranks: RankViews) -> Iterator[Finding]:
+        """What is found between the ranks that train or look together."""
         yield from ()

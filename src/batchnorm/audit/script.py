@@ -22,12 +22,19 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def run_script(
-    script: Path, arguments: Sequence[str], selection: Selection | None = None
+    script: Path,
+    arguments: Sequence[str],
+    selection: Selection | None = None,
+    *,
+    probe: Probe | None = None,
 ) -> tuple[int, Report]:
     """Run `script` as `python script arguments…` would, and report what the probe saw.
 
     From here on the process is the script's: `__main__`, `sys.argv` and `sys.path` stay as it
     had them, for what it left to run at exit.
+
+    - `selection`: what to report.
+    - `probe`: what watches it, for who wants to ask it more; by default one with that selection.
 
     Returns the exit status that Python would have given, and the report, whether the script
     ended, called `sys.exit`, raised (its traceback is printed as ever) or was interrupted.
@@ -38,7 +45,7 @@ def run_script(
     path = str(Path.cwd() / script)  # as Python has it: absolute, links not resolved
     main = _become_main(path, [str(script), *arguments])
     process = os.getpid()
-    with Probe(selection=selection) as probe:
+    with probe or Probe(selection=selection) as watching:
         try:
             # our own __future__ imports are not the script's
             code = compile(source, path, "exec", dont_inherit=True)
@@ -58,7 +65,7 @@ def run_script(
             _join_threads()
         except KeyboardInterrupt:  # told twice: wait no longer, and report
             status = status or INTERRUPTED
-    return status, probe.report()
+    return status, watching.report()
 
 
 def _become_main(path: str, argv: list[str]) -> ModuleType:

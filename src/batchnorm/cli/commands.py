@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,7 +14,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
-from batchnorm.audit import RULES, Report, Severity, find_rule, run_script
+from batchnorm.audit import RULES, find_rule
 from batchnorm.audit.place import displayed
 from batchnorm.cli.checking import check
 from batchnorm.cli.files import example
@@ -28,17 +26,12 @@ from batchnorm.cli.options import (
     SelectOption,
     SeverityOption,
     StrictOption,
+    WaitOption,
 )
-from batchnorm.cli.output import (
-    BAD_INPUT,
-    check_output,
-    complain,
-    print_in_form,
-    refuse,
-    write_report,
-)
+from batchnorm.cli.output import check_output, refuse
 from batchnorm.cli.planning import plan
 from batchnorm.cli.repairing import add_commands
+from batchnorm.cli.running import Telling, run_on_ranks
 from batchnorm.cli.settings import selection_from
 from batchnorm.kernels.diagnosis import diagnose
 
@@ -63,12 +56,14 @@ def run(
     ignore: IgnoreOption = None,
     severity: SeverityOption = None,
     form: FormOption = Form.TEXT,
+    wait: WaitOption = 60.0,
 ) -> None:
     """Run a training script and report what its batch norm layers did.
 
     The script's output, exceptions and exit status stay its own; the report goes to standard
     error when it has ended. Options stand before SCRIPT; what follows it belongs to the script.
-    Several processes, `torchrun --nproc-per-node 8 -m batchnorm run train.py`, report once.
+    Several processes, `torchrun --nproc-per-node 8 -m batchnorm run train.py`, report once: rank 0
+    waits for the others, tells what they found, and which of them did not come.
     """
     if script.is_dir():
         refuse(f"{script} is a directory; give the path of a Python file")
@@ -82,41 +77,17 @@ def run(
     except ValueError as error:
         refuse(str(error))
     sys.excepthook = sys.__excepthook__  # typer's own is not what the script would have
+    telling = Telling(output, form, strict)
     try:
-        status, report = run_script(script, arguments or [], selection)
+        status = run_on_ranks(script, arguments or [], selection, telling, wait)
     except OSError as error:
         refuse(f"cannot read {script}: {error.strerror}")
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # the script may have closed it
-        sys.stdout.flush()
-    if _rank() == 0 or _has_more_to_say(report, status):
-        print_in_form(report, form, Console(file=sys.__stderr__))
-    if output is not None and _rank() == 0:
-        try:
-            write_report(report, output)
-        except OSError as error:
-            complain(f"cannot write {output}: {error.strerror}")
-            status = status or BAD_INPUT
-    # another rank's exit would end the first one's before it has reported
-    if strict and status == 0 and not report.is_clean and _rank() == 0:
-        status = 1
     raise typer.Exit(status)
 
 
 app.command()(check)
 app.command()(plan)
 add_commands(app)
-
-
-def _rank() -> int:
-    """Of this process among those that torchrun or another launcher started."""
-    rank = os.environ.get("RANK", "0")
-    return int(rank) if rank.isdecimal() else 0
-
-
-def _has_more_to_say(report: Report, status: int) -> bool:
-    """Whether another rank than the first may be the only one that met with what it found."""
-    errors = any(finding.severity is Severity.ERROR for finding in report.findings)
-    return errors or (status != 0 and bool(report.findings))
 
 
 @app.command()

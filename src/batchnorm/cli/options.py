@@ -18,6 +18,7 @@ __all__ = [
     "SelectOption",
     "SeverityOption",
     "StrictOption",
+    "WaitOption",
 ]
 
 
@@ -49,4 +50,8 @@ SeverityOption = Annotated[
 ]
 FormOption = Annotated[
     Form, typer.Option("--format", help="Print text, or annotations for a GitHub workflow.")
+]
+WaitOption = Annotated[
+    float,
+    typer.Option(min=0, help="Under torchrun: seconds that the report waits for other ranks."),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from batchnorm.audit import Finding, Report, Severity
 from batchnorm.report.place import Place
-from batchnorm.report.summary import grouped
+from batchnorm.report.summary import endings, grouped, on_ranks
 from batchnorm.report.visible import visible
 
 __all__ = ["to_github"]
@@ -13,7 +13,7 @@ _COMMANDS = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity.INFO
 
 
 def to_github(report: Report) -> str:
-    """One line for each finding, the worst first, and one for each rule that was switched off.
+    """One line for each finding, the worst first, and for each rule that was switched off.
 
         ::error file=train.py,line=12,title=BN109%3A one value per channel::an input of …
 
@@ -24,10 +24,14 @@ def to_github(report: Report) -> str:
         _command("notice", {"title": f"{code} was switched off"}, [reason])
         for code, reason in report.disabled.items()
     )
-    return "".join([*map(_annotation, findings), *off])
+    ended = (
+        _command("notice", {"title": "a rank that did not end well"}, [text])
+        for text in endings(report)
+    )
+    return "".join([*(_annotation(finding, report) for finding in findings), *off, *ended])
 
 
-def _annotation(finding: Finding) -> str:
+def _annotation(finding: Finding, report: Report) -> str:
     properties: dict[str, str] = {}
     place = Place.parse(finding.place)
     if place is not None:
@@ -38,6 +42,8 @@ def _annotation(finding: Finding) -> str:
         lines.append(f"in {', '.join(finding.modules)}")
     if finding.place is not None and place is None:
         lines.append(f"at {finding.place}")
+    if own := on_ranks(finding, report):
+        lines.append(f"on {own}")
     return _command(
         _COMMANDS[finding.severity], properties, [*lines, *f"fix: {finding.fix}".splitlines()]
     )

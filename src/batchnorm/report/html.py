@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
@@ -14,7 +15,7 @@ from batchnorm.audit import Finding, Report, Rule, Severity, find_rule
 from batchnorm.report.charts import depth_charts
 from batchnorm.report.run_charts import gradient_chart, timeline_chart
 from batchnorm.report.scale import number
-from batchnorm.report.summary import count, grouped, headline, looked
+from batchnorm.report.summary import count, endings, grouped, headline, looked, on_ranks
 from batchnorm.report.visible import visible
 
 __all__ = ["to_html"]
@@ -40,6 +41,8 @@ def to_html(report: Report) -> str:
             report=report,
             headline=headline(report),
             looked=looked(report),
+            endings=endings(report),
+            ranks_of=partial(on_ranks, report=report),
             groups=groups,
             counts=_counts(report),
             depth=depth_charts(report.profiles),

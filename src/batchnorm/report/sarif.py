@@ -10,7 +10,7 @@ from batchnorm import __version__
 from batchnorm.audit import Finding, Report, Rule, Severity, find_rule
 from batchnorm.report.json import finite
 from batchnorm.report.place import Place
-from batchnorm.report.summary import grouped
+from batchnorm.report.summary import endings, grouped, on_ranks
 from batchnorm.report.visible import visible
 
 __all__ = ["to_sarif"]
@@ -43,17 +43,19 @@ def to_sarif(report: Report) -> str:
             {
                 "executionSuccessful": True,
                 "toolExecutionNotifications": [
-                    _notification(code, reason, rules) for code, reason in report.disabled.items()
+                    *(_notification(code, why, rules) for code, why in report.disabled.items()),
+                    *({"level": "warning", "message": {"text": _text(t)}} for t in endings(report)),
                 ],
             }
         ],
-        "results": [_result(finding, rules[finding.code]) for finding in findings],
+        "results": [_result(finding, rules[finding.code], report) for finding in findings],
         "columnKind": "unicodeCodePoints",
         "properties": {
             "layers": report.layers,
             "calls": report.calls,
             "subject": report.subject,
             "graph": report.graph,
+            "ranks": report.ranks,
         },
     }
     log = {"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}
@@ -87,12 +89,14 @@ def _what_it_finds(page: str) -> str:
     return " ".join(found[1].split()) if found else ""
 
 
-def _result(finding: Finding, index: int) -> dict[str, Any]:
+def _result(finding: Finding, index: int, report: Report) -> dict[str, Any]:
+    own = on_ranks(finding, report)
+    message = finding.message + (f", on {own}" if own else "")
     result: dict[str, Any] = {
         "ruleId": finding.code,
         "ruleIndex": index,
         "level": _LEVELS[finding.severity],
-        "message": {"text": _text(f"{finding.message}. Fix: {finding.fix}")},
+        "message": {"text": _text(f"{message}. Fix: {finding.fix}")},
     }
     location: dict[str, Any] = {}
     place = Place.parse(finding.place)
@@ -109,6 +113,7 @@ def _result(finding: Finding, index: int) -> dict[str, Any]:
         "fix": finding.fix,
         "place": finding.place,
         "numbers": finite(finding.numbers),
+        "ranks": list(finding.ranks),
     }
     return result
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from batchnorm.audit import Finding, Report
+from batchnorm.audit.finding import ranks_named
 
-__all__ = ["count", "grouped", "headline", "looked"]
+__all__ = ["count", "endings", "grouped", "headline", "looked", "on_ranks"]
 
 
 def count(number: int, thing: str, things: str | None = None) -> str:
@@ -25,10 +26,31 @@ def headline(report: Report) -> str:
         if report.layers == 0:
             return f"batchnorm found no batch norm layer in {subject}"
         ran = "" if report.calls == 0 else f" in {report.calls} batches"
-        return f"batchnorm checked {layers} of {subject}{ran}"
+        return f"batchnorm checked {layers} of {subject}{ran}{_each(report)}"
     if report.layers == 0:
-        return "batchnorm saw no batch norm layer being called"
-    return f"batchnorm watched {layers} in {count(report.calls, 'forward pass', 'forward passes')}"
+        return f"batchnorm saw no batch norm layer being called{_each(report)}"
+    passes = count(report.calls, "forward pass", "forward passes")
+    return f"batchnorm watched {layers} in {passes}{_each(report)}"
+
+
+def _each(report: Report) -> str:
+    return f" on each of {report.ranks} ranks" if report.ranks > 1 else ""
+
+
+def on_ranks(finding: Finding, report: Report) -> str | None:
+    """`rank 3 of 4`; None for what all ranks have."""
+    return f"{ranks_named(finding.ranks)} of {report.ranks}" if finding.ranks else None
+
+
+def endings(report: Report) -> list[str]:
+    """A line for ranks that did not end well, alike in how and where."""
+    alike: dict[tuple[str, str | None], list[int]] = {}
+    for ending in report.endings:
+        alike.setdefault((ending.how, ending.place), []).append(ending.rank)
+    return [
+        f"{ranks_named(ranks)} of {report.ranks}: {how}" + (f", at {place}" if place else "")
+        for (how, place), ranks in alike.items()
+    ]
 
 
 def looked(report: Report) -> list[str]:

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from batchnorm.audit import Finding, Report, Severity
-from batchnorm.report.summary import grouped, headline, looked
+from batchnorm.report.summary import endings, grouped, headline, looked, on_ranks
 from batchnorm.report.visible import visible
 
 __all__ = ["print_report"]
@@ -33,23 +33,25 @@ def print_report(report: Report, console: Console) -> None:
         line(f"{headline(report)}: nothing found by {', '.join(looked(report))}", "bold green")
     if report.graph is not None:
         line(f"  graph read by {report.graph}")
+    for text in endings(report):
+        line(f"  {text}", "magenta")
     for group in grouped(report.findings):
         line("")
         first = group[0]
         times = "" if len(group) == 1 else f", {len(group)} times"
         head = f"{first.code} {first.severity.value}: {first.name}{times}"
         line(head, _STYLES[first.severity])
-        for text in _body(group):
+        for text in _body(group, report):
             line(f"  {text}" if text else "")
     for code, reason in report.disabled.items():
         line(f"{code} was switched off and the run went on: {reason}", "magenta")
 
 
-def _body(group: list[Finding]) -> list[str]:
+def _body(group: list[Finding], report: Report) -> list[str]:
     fixes = {finding.fix for finding in group}
     lines: list[str] = []
     for finding in group:
-        lines += _found(finding)
+        lines += _found(finding, report)
         if len(fixes) > 1:
             lines += _fix(finding)
         if len(group) > 1:
@@ -59,12 +61,13 @@ def _body(group: list[Finding]) -> list[str]:
     return [*lines, f"why  batchnorm rules {group[0].code}"]
 
 
-def _found(finding: Finding) -> list[str]:
+def _found(finding: Finding, report: Report) -> list[str]:
     shown = finding.modules[:_SHOWN]
     more = len(finding.modules) - len(shown)
     layers = ", ".join(shown) + (f" and {more} more" if more else "")
     place = [] if finding.place is None else [f"at   {finding.place}"]
-    return [finding.message, *([f"in   {layers}"] if layers else []), *place]
+    ranks = [f"on   {own}"] if (own := on_ranks(finding, report)) else []
+    return [finding.message, *([f"in   {layers}"] if layers else []), *place, *ranks]
 
 
 def _fix(finding: Finding) -> list[str]:

@@ -12,7 +12,9 @@ from batchnorm.audit.rules.bn108_moved_without_gradients import MovedWithoutGrad
 from batchnorm.audit.rules.bn109_one_value import OneValuePerChannel
 from batchnorm.audit.rules.bn110_noisy_statistics import NoisyStatistics
 from batchnorm.audit.rules.bn111_two_forwards import TwoForwards
+from batchnorm.audit.rules.bn112_ranks_differ import RanksDiffer
 from batchnorm.audit.rules.bn113_stripped_subclass import StrippedSubclass
+from batchnorm.audit.rules.bn114_ranks_out_of_step import RanksOutOfStep
 from batchnorm.audit.rules.bn115_sync_on_cpu import SyncOnCPU
 from batchnorm.audit.rules.bn116_flag_changed import FlagChanged
 from batchnorm.audit.rules.bn117_no_momentum import NoMomentum
@@ -45,7 +47,9 @@ RULES: tuple[type[Rule], ...] = (
     OneValuePerChannel,
     NoisyStatistics,
     TwoForwards,
+    RanksDiffer,
     StrippedSubclass,
+    RanksOutOfStep,
     SyncOnCPU,
     FlagChanged,
     NoMomentum,

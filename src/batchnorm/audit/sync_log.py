@@ -1,0 +1,39 @@
+"""In which order a run's layers asked other ranks."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+
+import torch.distributed as dist
+
+from batchnorm.audit.rank_view import Calls
+
+__all__ = ["SyncLog"]
+
+KEPT = 1024  # calls of each group of ranks
+
+
+class SyncLog:
+    """The training-mode calls of layers that synchronize, in their order, by whom they ask."""
+
+    def __init__(self) -> None:
+        # by the group's name: no group is kept
+        self._groups: dict[str, tuple[tuple[int, ...], Counter[str], deque[str]]] = {}
+
+    def note(self, group: dist.ProcessGroup, name: str) -> tuple[int, ...]:
+        """Count a call that has begun, of a layer by its name; returns the ranks that it asks."""
+        known = self._groups.get(group.group_name)
+        if known is None:
+            ranks = tuple(dist.get_process_group_ranks(group))
+            known = self._groups[group.group_name] = ranks, Counter(), deque(maxlen=KEPT)
+        ranks, counts, last = known
+        counts[name] += 1
+        last.append(name)
+        return ranks
+
+    def calls(self) -> tuple[Calls, ...]:
+        """The calls up to now."""
+        return tuple(
+            Calls(name, ranks, dict(counts), tuple(last))
+            for name, (ranks, counts, last) in list(self._groups.items())
+        )
