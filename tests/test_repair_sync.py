@@ -333,8 +333,13 @@ def test_sync_is_one_more_policy_to_convert_to():
     assert convert(model, to="sync", fuse=True).fused == {"0": "relu"}
     model = nn.Sequential(BatchNorm2d(3, statistics=Sync()))
     assert convert(model, to="torch").lost == {"0": "statistics=Sync()"}
-    with pytest.raises(TypeError, match="needs a process group"):
-        convert(model, to="sync", process_group=3)
+
+
+@pytest.mark.as_installed
+def test_what_is_no_process_group_is_refused():
+    for options in ({}, {"where": "0"}):
+        with pytest.raises(TypeError, match="needs a process group"):
+            convert(nn.Sequential(BatchNorm2d(3)), to="sync", process_group=3, **options)
 
 
 def test_what_an_audit_advises_for_torchs_layer_trains_and_fits_its_state():
