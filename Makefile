@@ -47,6 +47,9 @@ bench: .venv/installed  ## Run the benchmarks; nothing else should run meanwhile
 	$(BIN)/python benchmarks/false_alarms.py --output benchmarks/false_alarms.md
 	$(BIN)/python benchmarks/folding.py --output benchmarks/folding.md
 	$(BIN)/python benchmarks/adaptation.py --output benchmarks/adaptation.md
+	$(BIN)/python benchmarks/batch_means.py --output benchmarks/batch_means.md
+	$(BIN)/python benchmarks/sync.py --output benchmarks/sync.md
+	$(BIN)/python docs/synchronization.py
 
 clean:  ## Remove what was installed and cached.
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

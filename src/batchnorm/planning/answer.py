@@ -107,7 +107,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if 100 <= value < math.inf else f"{value:.2g}"
 
 
-def _error(layer: PlannedLayer, samples: float) -> float:
+def _error(layer: PlannedLayer, samples: int | float) -> float:
     """Of the noise that batches of other sizes showed."""
     assert layer.measured is not None
     assert layer.samples is not None

@@ -47,14 +47,14 @@ class PlannedLayer:
     measured: Noise | None = None
     samples: float | None = None
 
-    def noise(self, samples: float) -> float:
+    def noise(self, samples: int | float) -> float:
         """The most noise that statistics of so many samples have, in standard deviations.
 
         √(1.5/values), as rule BN110 measures it; see `batchnorm.audit.noise`.
         """
         return _noise(samples * self.least)
 
-    def least_noise(self, samples: float) -> float | None:
+    def least_noise(self, samples: int | float) -> float | None:
         """The same by `most`; None where the positions are not known."""
         return None if self.most is None else _noise(samples * self.most)
 

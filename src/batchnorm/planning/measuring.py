@@ -25,7 +25,7 @@ Timing = tuple[int, int, Literal["forward", "backward"], float]
 """Ranks in a group, channels, which collective, and its seconds."""
 
 
-def measure_network(*, rounds: int = 15) -> Network:
+def measure_network(*, rounds: int = 9) -> Network:
     """The network between the ranks of the default group, for `plan(..., network=...)`.
 
     Collectives of layers of 1 to 2,048 channels are timed in groups of neighbouring ranks, of
@@ -52,7 +52,7 @@ def traffic_of(timings: list[Timing], backend: Backend) -> list[tuple[Traffic, f
     ]
 
 
-def measure_collectives(*, rounds: int = 15) -> list[Timing]:
+def measure_collectives(*, rounds: int = 9) -> list[Timing]:
     """The medians that `measure_network` fits, of the slowest rank."""
     device = "cpu" if _backend() == "gloo" else f"cuda:{torch.cuda.current_device()}"
     world = dist.get_world_size()

@@ -9,7 +9,7 @@ __all__ = ["NOTHING", "Backend", "Traffic", "all_reduce", "backward", "exchange"
 
 Backend = Literal["gloo", "nccl"]
 
-BYTES = 8  # of a number: statistics travel as float64
+BYTES = 8.0  # of a number: statistics travel as float64
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Traffic:
         return Traffic(self.collectives * number, self.messages * number, self.bytes * number)
 
 
-NOTHING = Traffic(0, 0, 0)
+NOTHING = Traffic(0, 0, 0.0)
 
 
 def exchange(ranks: int, payload: float) -> Traffic:
