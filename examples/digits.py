@@ -53,6 +53,14 @@ class ResidualNetwork(nn.Sequential):
         )
 
 
+def load() -> tuple[TensorDataset, TensorDataset]:
+    """1437 images for training and 360 for testing, (n, 1, 8, 8) between 0 and 1, and labels."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    parts = train_test_split(images, torch.tensor(digits.target), test_size=360, random_state=0)
+    return TensorDataset(*parts[0::2]), TensorDataset(*parts[1::2])
+
+
 def train(model: nn.Module, loader: Loader, optimizer: torch.optim.Optimizer, epoch: int) -> None:
     model.train()
     quiet = not sys.stdout.isatty()
@@ -78,10 +86,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-    parts = train_test_split(images, torch.tensor(digits.target), test_size=360, random_state=0)
-    train_set, test_set = TensorDataset(*parts[0::2]), TensorDataset(*parts[1::2])
+    train_set, test_set = load()
     train_loader = DataLoader(train_set, batch_size=64, shuffle=True, drop_last=True)
     test_loader = DataLoader(test_set, batch_size=60)
 
