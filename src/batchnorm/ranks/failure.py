@@ -1,122 +1,114 @@
-"""A collective that failed: who came, who did not, and why that may be."""
+"""A collective that failed: this rank's error, after asking the others what they saw."""
 
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch.distributed as dist
+
+from batchnorm.ranks.store import Board, Patience
+from batchnorm.ranks.verdict import Evidence, Note, Saw
 
 __all__ = ["SyncError", "failure"]
 
 # Those who fail together fail within moments of each other: one closes its connections, and
 # the others notice.
 _PATIENCE = 1.0  # seconds
+_LOOK = 0.02
+
+_failures: Counter[str] = Counter()  # by group: notes of an earlier failure are not this one's
 
 
 class SyncError(RuntimeError):
     """Synchronized statistics could not be computed: a rank was missing, or in another layer.
 
     The message names the layer, the ranks, and the likely cause. The running statistics are
-    those of the last complete step; the process group should not be used again.
+    those of the last complete step, see `undo_step`; the process group should not be used again.
     """
 
 
 def failure(
     group: dist.ProcessGroup | None, where: str, error: Exception | None, others: Sequence[int] = ()
 ) -> SyncError:
-    """The error of this rank, after asking the others what they saw.
+    """The error of this rank, after asking the others what they saw; takes up to 2 seconds.
 
     - `where`: what this rank was doing, "the forward of ResNet.bn1".
     - `error`: the backend's; None where all came, but `others` were doing something else.
     """
-    ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
-    me = dist.get_rank()
-    places = _ask(group, ranks, me, where)
-    missing = [rank for rank in ranks if rank not in places]
-    said = f"{where} failed on rank {me} of {_listed(ranks)}: "
-    if error is None:
-        there = [f"rank {ranks[i]} was in {places.get(ranks[i], 'another')}" for i in others]
-        said += (
-            f"{'; '.join(there)}. The ranks' models differ, or one of them skipped a layer, called "
-            "one more, or has a part in eval mode"
+    try:
+        ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+        me = dist.get_rank()
+    except (KeyError, RuntimeError, ValueError):
+        return SyncError(
+            f"{where} failed: its process group has been destroyed. Make the layer's policy anew, "
+            "Sync(group), with a group that exists"
         )
-    elif missing:
-        said += f"{_ranks(missing)} did not take part. {_cause(error, group, len(missing))}"
-    else:
-        elsewhere = {rank: place for rank, place in places.items() if place != where}
-        there = [f"rank {rank} was in {place}" for rank, place in elsewhere.items()]
-        said += f"{'; '.join(there) or 'all ranks were there'}. " + (
-            "One of them skipped a layer or called one more, has a part in eval mode, or left it "
-            "out of its loss"
-            if there
-            else "The network between them failed"
-        )
-    told = "" if error is None else f" ({str(error).splitlines()[0][:200]})"
+    words = "" if error is None else _first_line(error)
+    note = Note(where, _saw(error), words)
+    evidence = Evidence(tuple(ranks), me, {me: note}, tuple(ranks[i] for i in others))
+    told = _asked(group, evidence).verdict()
+    all_of_them = f"{ranks[0]} to {ranks[-1]}" if _is_range(ranks) else ", ".join(map(str, ranks))
+    words = f" ({words.split('. ')[0]})" if words and words not in told else ""
     return SyncError(
-        f"{said}. The running statistics are those of the last complete step; restart all ranks "
-        f"from their last checkpoint{told}"
+        f"{where} failed on rank {me} of {all_of_them}: {told}. The running statistics are those "
+        f"of the last complete step; restart all ranks from their last checkpoint{words}"
     )
 
 
-def _cause(error: Exception, group: dist.ProcessGroup | None, missing: int) -> str:
-    """Why ranks did not come, by how the backend noticed."""
-    they, have = ("It", "has") if missing == 1 else ("They", "have")
-    if "timed out" in str(error).lower() or "timeout" in str(error).lower():
-        return (
-            f"{they} did not come within the group's time limit: {they.lower()} may be in eval "
-            f"mode, skip this layer, {have} run out of batches before the others (let a rank "
-            "without data pass on empty batches, or join with "
-            "Join(..., throw_on_early_termination=True)), hang, or be slower than the limit "
-            "(init_process_group(timeout=...))"
-        )
-    return (
-        f"The connection was closed: {they.lower()} died, was killed, or raised an error of "
-        "its own, which its log tells"
-    )
+def _saw(error: Exception | None) -> Saw:
+    """By how the backend says it: gloo's and NCCL's words."""
+    said = str(error).lower()
+    if error is None:
+        return Saw.MIXED
+    if re.search("timed out|timeout", said):
+        return Saw.LATE
+    gone = "closed by peer|reset by peer|broken pipe|remote process|read error|write error"
+    return Saw.CLOSED if re.search(gone, said) else Saw.OTHER
 
 
-def _ask(
-    group: dist.ProcessGroup | None, ranks: Sequence[int], me: int, where: str
-) -> Mapping[int, str]:
-    """Where each rank was that failed too; in a thread, for a dead store may not answer."""
-    places = {me: where}
-    asking = threading.Thread(target=_exchange, args=(group, ranks, me, where, places), daemon=True)
-    asking.start()
-    asking.join(2 * _PATIENCE)
-    return dict(places)
+def _asked(group: dist.ProcessGroup | None, mine: Evidence) -> Evidence:
+    """With the others' notes; they are read in a thread, for a dead store may not answer."""
+    notes, answered, done = dict(mine.notes), threading.Event(), threading.Event()
+
+    def exchange() -> None:
+        with suppress(Exception):  # without a store the error says less
+            named = group if group is not None else dist.group.WORLD
+            assert named is not None
+            board = Board.of_group(named, "failure")
+            name = str(_failures[named.group_name])
+            _failures[named.group_name] += 1
+            board.pin(name, json.dumps(mine.notes[mine.me]).encode())
+            patience = Patience(0 if mine.knows_enough else _PATIENCE)
+            while True:
+                for i, rank in enumerate(mine.ranks):
+                    if rank not in notes and (note := board.read(name, i)) is not None:
+                        place, saw, words = json.loads(note)
+                        notes[rank] = Note(place, Saw(saw), words)
+                answered.set()  # also where the store goes with its rank later on
+                if len(notes) == len(mine.ranks) or patience.is_over:
+                    break
+                time.sleep(_LOOK)
+            board.pin(f"{name}/read", b"")
+            if mine.me == 0:  # it may be the one that holds the store
+                board.collect(f"{name}/read", patience)
+        done.set()
+
+    threading.Thread(target=exchange, daemon=True).start()
+    done.wait(2 * _PATIENCE)
+    return mine._replace(notes=dict(notes), answered=answered.is_set())
 
 
-def _exchange(
-    group: dist.ProcessGroup | None,
-    ranks: Sequence[int],
-    me: int,
-    where: str,
-    places: dict[int, str],
-) -> None:
-    name = getattr(group if group is not None else dist.group.WORLD, "group_name", "")
-    with suppress(Exception):  # without a store the error says less
-        store: Any = dist.distributed_c10d._get_default_store()
-        store.set(f"batchnorm/failed/{name}/{me}", json.dumps(where))
-        end = time.monotonic() + _PATIENCE
-        while len(places) < len(ranks) and time.monotonic() < end:
-            for rank in ranks:
-                key = f"batchnorm/failed/{name}/{rank}"
-                if rank not in places and store.check([key]):
-                    places[rank] = json.loads(store.get(key))
-            time.sleep(0.02)
+def _first_line(error: Exception) -> str:
+    """Without the place in its source."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^\[[^\]]*\] *", "", lines[0])[:300]
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
-
-
-def _listed(ranks: Sequence[int]) -> str:
-    """`0 to 7`, or all of them."""
-    if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
-        return f"{ranks[0]} to {ranks[-1]}"
-    return ", ".join(map(str, ranks))
+def _is_range(ranks: Sequence[int]) -> bool:
+    return len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[-1] + 1))

@@ -80,7 +80,9 @@ class Peers:
             with self._named_errors(doing):
                 gather(flat, mine, group=self.group)
             return flat.view(size, -1)
-        n, me = mine.numel(), dist.get_rank(self.group)
+        n = mine.numel()
+        with self._named_errors(doing):
+            me = dist.get_rank(self.group)
         sizes = [max(n + 1, _ROOM)] * size
         sizes[me] = n
         received = mine.new_empty(sum(sizes))
@@ -100,7 +102,7 @@ class Peers:
         """Say of a collective that fails whose it was."""
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # the latter of a group that was destroyed
             step.undo()
             raise failure(self.group, doing + self.caller.name, error) from error
 
