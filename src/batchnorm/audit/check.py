@@ -8,6 +8,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -19,11 +20,15 @@ from batchnorm.audit.profiling import profiles_of
 from batchnorm.audit.rule import Rule
 from batchnorm.audit.rules import RULES
 from batchnorm.audit.selection import Selection
+from batchnorm.audit.shared_moments import share_moments
 from batchnorm.audit.state import State, state_of
+from batchnorm.audit.synchronizing import ask_nobody, keep_apart
+from batchnorm.audit.together import audit_together, refuse_to_wait
 from batchnorm.models.calling import Forward
 from batchnorm.models.graph import Graph
 from batchnorm.models.snapshot import left_as_it_was
 from batchnorm.models.tracing import graph_of
+from batchnorm.ranks import size_of
 
 __all__ = ["audit", "check"]
 
@@ -40,6 +45,8 @@ def audit(
     rules: Iterable[type[Rule]] = RULES,
     selection: Selection | None = None,
     name: str | None = None,
+    group: dist.ProcessGroup | None = None,
+    wait: float = 60.0,
 ) -> Report:
     """Look at a model, and at what batches do in it; the model is left exactly as it was.
 
@@ -49,6 +56,7 @@ def audit(
     audit(model, loader, loss=label_loss)        # and what that does to the loss
     audit(model, loader, forward=lambda model, batch: model(batch["image"], batch["age"]))
     audit(model, loader, deploy=other_loader)    # and whether that is what they will be given
+    audit(model, shard, group=dist.group.WORLD)  # on all ranks, and whether they agree
     ```
 
     - `model`: a program that `torch.export` made is looked at for its operations.
@@ -62,11 +70,17 @@ def audit(
     - `rules`: those that look; by default all that look at a model or at batches.
     - `selection`: what of that to report; see `Selection`.
     - `name`: what the report calls the model; by default its class.
+    - `group`: ranks of which all call this, each with its own batches. All get the same report, of
+      what any of them found and what differs between them (BN112, BN114); layers that
+      synchronize are judged by the batches of all their ranks. Without it a rank looks alone.
+    - `wait`: seconds that ranks wait for each other to call.
 
     Modes of every module, buffers, random state, hooks and gradients are what they were, also
     where the model raises.
 
-    Raises what the model raises, and `ValueError` for an iterable without batches.
+    Raises what the model raises, and `ValueError` for an iterable without batches, and for one
+    rank alone with batches for layers that would wait for others. With a group, `TimeoutError`
+    names ranks that did not come, and `RuntimeError` one that failed.
     """
     name = name or type(model).__name__
     selection = selection or Selection()
@@ -74,28 +88,40 @@ def audit(
         if batches is not None:
             raise ValueError("an exported program is read and not run; give the model for batches")
         model = model.module()
-    first: Any = None
-    evidence = None
-    if batches is not None:
-        with left_as_it_was(model):  # a loader draws random numbers
-            batches = list(islice(batches, LIMIT))
-        first = batches[0] if batches else None
-        evidence = gather(model, batches, forward, loss=loss, mask=mask, deploy=deploy)
-    elif deploy is not None or loss is not None or mask is not None:
+    if batches is None and (deploy is not None or loss is not None or mask is not None):
         raise ValueError("`deploy`, `loss` and `mask` need batches to look at; got none")
     if isinstance(reference, nn.Module):
         reference = state_of(reference, type(reference).__name__)
     rules = list(rules)
     needs_graph = any(r.read is not Rule.read and selection.looks(r.code) for r in rules)
-    graph = graph_of(model, first, forward) if needs_graph else None
-    return check(
-        [state_of(model, name)],
-        rules,
-        evidence,
-        reference=reference,
-        graphs=[] if graph is None else [graph],
-        selection=selection,
-    )
+
+    def look(data: Iterable[Any] | None) -> Report:
+        first, evidence = None, None
+        with left_as_it_was(model):
+            keep_apart(model)
+            if data is not None:
+                data = list(islice(data, LIMIT))
+                first = data[0] if data else None
+                evidence = gather(model, data, forward, loss=loss, mask=mask, deploy=deploy)
+                if is_together:
+                    share_moments(model, evidence)
+            ask_nobody(model)
+            graph = graph_of(model, first, forward) if needs_graph else None
+        return check(
+            [state_of(model, name)],
+            rules,
+            evidence,
+            reference=reference,
+            graphs=[] if graph is None else [graph],
+            selection=selection,
+        )
+
+    is_together = group is not None and size_of(group) > 1
+    if group is not None and is_together:
+        return audit_together(model, batches, forward, look, group, wait, rules, selection)
+    if batches is not None:
+        refuse_to_wait(model)
+    return look(batches)
 
 
 def check(

@@ -21,6 +21,7 @@ from batchnorm.audit.evidence import Evidence, LayerEvidence, Losses, Origin
 from batchnorm.audit.features import features
 from batchnorm.audit.leakage import leakage
 from batchnorm.audit.profile import GradientNorm
+from batchnorm.audit.synchronizing import ask_nobody
 from batchnorm.models.calling import (
     Forward,
     call,
@@ -65,7 +66,8 @@ def gather(
     In training mode and without gradients; modules that were put into eval in a model that trains
     stay there. Modes, buffers, random state and gradients are put back, also
     where the model raises. With a loss, the batches are run in eval mode too, and some of them
-    backward; those of `deploy` are run in eval mode.
+    backward; those of `deploy` are run in eval mode. Where layers synchronize, all of their ranks
+    must call this, with as many batches each.
 
     Raises what the model raises, and `ValueError` where there are no batches.
     """
@@ -90,6 +92,7 @@ def gather(
     with left_as_it_was(model):
         evidence.companions = _companions(model.eval(), batches[0], forward)
     with left_as_it_was(model):
+        ask_nobody(model)  # what is tried depends on the data, which is not the same on all ranks
         evidence.leakage = leakage(model, batches[0], forward)
     if loss is not None:
         with left_as_it_was(model):

@@ -17,11 +17,12 @@ from batchnorm.audit.place import is_inside, is_inside_autograd_function, trail
 from batchnorm.audit.profile import Period
 from batchnorm.audit.rank_view import RankView, Statistics
 from batchnorm.audit.sync_log import SyncLog
-from batchnorm.audit.synchronizing import group_asked
+from batchnorm.audit.synchronizing import asked
 from batchnorm.audit.update import update
 from batchnorm.models.norms import TorchBatchNorm
 from batchnorm.models.wrapped import unwrapped
 from batchnorm.ranks import caller_of
+from batchnorm.statistics import Sync
 
 __all__ = ["History"]
 
@@ -56,12 +57,12 @@ class History:
             change = self._broadcast.add if model.broadcast_buffers else self._broadcast.discard
             for layer in layers:
                 change(layer)
-            if any(group_asked(layer) for layer in layers):
+            if any(asked(layer) for layer in layers):
                 self._asking.add(model)
         if model in self._asking and model.training and torch.is_grad_enabled():
             # it asks the others itself, before its layers do
             wrapped = type(unwrapped(model)).__name__
-            self._log.note(model.process_group, f"DistributedDataParallel of {wrapped}")
+            self._log.note(Sync(model.process_group), f"DistributedDataParallel of {wrapped}")
 
     def before(self, call: Call) -> None:
         """In training, note the statistics before every few passes; in eval, what is used."""
@@ -124,11 +125,11 @@ class History:
     def _note_asking(self, own: LayerHistory, call: Call) -> None:
         """Count a collective that is about to begin."""
         own.is_training = call.layer.training
-        group = group_asked(call.layer) if call.layer.training else None
-        if group is not None:
+        sync = asked(call.layer) if call.layer.training else None
+        if sync is not None:
             if not own.asks:
                 own.name = caller_of(call.layer).name  # which is the same on all that ask
-            own.asks = self._log.note(group, own.name)
+            own.asks = self._log.note(sync, own.name)
 
     def _begin(self, call: Call) -> LayerHistory:
         model = None

@@ -9,7 +9,7 @@ import torch
 
 from batchnorm.audit.evidence import Evidence
 from batchnorm.audit.finding import Finding
-from batchnorm.audit.rank_view import RankViews
+from batchnorm.audit.rank_view import RankView, RankViews
 from batchnorm.audit.rule import Rule
 from batchnorm.audit.selection import Selection
 from batchnorm.audit.state import State
@@ -68,8 +68,17 @@ def views_for(code: str, ranks: RankViews, selection: Selection) -> RankViews:
     """What the ranks told, without the layers that a rule is to leave out."""
     if not selection.modules:
         return ranks
-    views = [
-        replace(view, layers=tuple(e for e in view.layers if not selection.ignores(code, e.path)))
-        for view in ranks.views
-    ]
-    return replace(ranks, views=views)
+    return replace(ranks, views=[_view_for(code, view, selection) for view in ranks.views])
+
+
+def _view_for(code: str, view: RankView, selection: Selection) -> RankView:
+    layers = tuple(each for each in view.layers if not selection.ignores(code, each.path))
+    calls = tuple(
+        replace(
+            own,
+            counts={n: k for n, k in own.counts.items() if not selection.ignores(code, n)},
+            last=tuple(name for name in own.last if not selection.ignores(code, name)),
+        )
+        for own in view.calls
+    )
+    return replace(view, layers=layers, calls=calls)

@@ -15,7 +15,7 @@ from batchnorm.audit.call import Call, batches_version
 from batchnorm.audit.evidence import LayerEvidence, Origin
 from batchnorm.audit.model_history import ModelHistory
 from batchnorm.audit.profile import GradientNorm
-from batchnorm.audit.rank_view import LayerView, Statistics, digest, name_of
+from batchnorm.audit.rank_view import LayerView, Statistics, digest, name_of, told
 from batchnorm.audit.update import Direct, Update, direct
 from batchnorm.layers import BatchNorm
 from batchnorm.models.norms import TorchBatchNorm
@@ -221,14 +221,14 @@ class LayerHistory:
 
     def statistics(self) -> dict[str, Statistics]:
         """What the layer holds, and what it was last evaluated with, by digest."""
-        told = (_told(self.running), _told(self.evaluated_with))
-        return {name: pair for name, pair in told if pair is not None}
+        both = (told(self.running), told(self.evaluated_with))
+        return {name: pair for name, pair in both if pair is not None}
 
     def view(self) -> LayerView:
         """What other ranks are told of it."""
-        held = used = _told(self.running)[0]
+        held = used = told(self.running)[0]
         if not self.is_averaged:  # it changes in other ways than by training
-            used = _told(self.evaluated_with)[0]
+            used = told(self.evaluated_with)[0]
         return LayerView(
             self.path,
             self.name,
@@ -290,14 +290,6 @@ def _finite(batches: list[Update | Direct]) -> list[Moments]:
     moments = [batch.moments() for batch in batches]
     whole = all((m.mean.isfinite() & m.m2.isfinite()).all() for m in moments)
     return moments if whole else []
-
-
-def _told(statistics: Statistics | None) -> tuple[str, Statistics | None]:
-    """Copies, with their digest."""
-    if statistics is None:
-        return "", None
-    mean, var = (t.detach().float().cpu() for t in statistics)
-    return digest(mean, var), (mean, var)
 
 
 def _copies(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ __all__ = [
     "digest",
     "name_of",
     "sequences_of",
+    "told",
 ]
 
 Statistics = tuple[Tensor, Tensor]
@@ -126,6 +127,14 @@ def digest(*tensors: Tensor | None) -> str:
         values = tensor.detach().cpu().contiguous()
         state.update(values.flatten().view(torch.uint8).numpy().tobytes())
     return state.hexdigest()
+
+
+def told(statistics: Statistics | None) -> tuple[str, Statistics | None]:
+    """Running statistics as other ranks get them, with their digest."""
+    if statistics is None or not all(map(_has_values, statistics)):
+        return "", None
+    mean, var = (t.detach().float().cpu() for t in statistics)
+    return digest(mean, var), (mean, var)
 
 
 def name_of(root: nn.Module, path: str) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter, deque
 
-import torch.distributed as dist
-
 from batchnorm.audit.rank_view import Calls
+from batchnorm.audit.synchronizing import group_name, ranks_of
+from batchnorm.statistics import Sync
 
 __all__ = ["SyncLog"]
 
@@ -20,12 +20,12 @@ class SyncLog:
         # by the group's name: no group is kept
         self._groups: dict[str, tuple[tuple[int, ...], Counter[str], deque[str]]] = {}
 
-    def note(self, group: dist.ProcessGroup, name: str) -> tuple[int, ...]:
+    def note(self, sync: Sync, name: str) -> tuple[int, ...]:
         """Count a call that has begun, of a layer by its name; returns the ranks that it asks."""
-        known = self._groups.get(group.group_name)
+        group = group_name(sync)
+        known = self._groups.get(group)
         if known is None:
-            ranks = tuple(dist.get_process_group_ranks(group))
-            known = self._groups[group.group_name] = ranks, Counter(), deque(maxlen=KEPT)
+            known = self._groups[group] = ranks_of(sync), Counter(), deque(maxlen=KEPT)
         ranks, counts, last = known
         counts[name] += 1
         last.append(name)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.audit.call import Call
+from batchnorm.audit.synchronizing import asked
 from batchnorm.moments import Moments
 
 __all__ = ["Direct", "Update", "direct", "update"]
@@ -65,7 +66,8 @@ def update(call: Call, old: tuple[Tensor, Tensor]) -> Update | Direct | None:
     new = call.running_statistics()
     # half precision rounds the step away; a momentum of 0 makes none
     if m is None or layer.momentum == 0 or old[0].dtype.itemsize < 4 or new is None:
-        return None if x is None else direct(x)
+        alone = x is not None and asked(layer) is None  # else it is a part of the batch
+        return direct(x) if x is not None and alone else None
     return Update(old, new, m, _UNTOLD if x is None else x.numel() // x.shape[1])
 
 

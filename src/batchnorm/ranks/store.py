@@ -138,25 +138,38 @@ class Board:
         The first rank waits for the others, and says whether all came: they go on together, or
         none does. A name serves one meeting.
 
-        Raises `TimeoutError` on every rank that came, naming those that did not within `wait`
-        seconds.
+        Raises on every rank that came: `TimeoutError`, naming those that did not within `wait`
+        seconds; `RuntimeError` where one has called `fail` instead.
         """
-        self.pin(name, note)
+        self.pin(name, _CAME + note)
         patience = Patience(wait)
-        verdict = f"{name}/missing"
         if self.rank == 0:
             came = self.collect(name, patience)
             missing = [rank for rank in range(self.size) if rank not in came]
-            self.pin(verdict, ",".join(map(str, missing)).encode())
+            self.pin(_verdict(name), ",".join(map(str, missing)).encode())
         else:
-            told = self.collect(verdict, patience, [0])
+            told = self.collect(_verdict(name), patience, [0])
             if 0 not in told:  # the first one did not come, or is as late as this one
-                told = self.collect(verdict, Patience(1.0), [0])
-            missing = [int(r) for r in told.get(0, b"0").decode().split(",") if r]
+                told = self.collect(_verdict(name), Patience(1.0), [0])
+            missing = [int(rank) for rank in told.get(0, b"0").decode().split(",") if rank]
+            came = self.collect(name, Patience(0.0))
+        for rank, theirs in came.items():
+            if theirs.startswith(_FAILED):
+                said = theirs[len(_FAILED) :].decode(errors="replace")
+                raise RuntimeError(f"rank {rank} of {self.size} failed with {said}")
         if missing:
             self.take_down(name)  # who comes now comes too late
             raise TimeoutError(_missed(missing, self.rank, self.size, wait))
-        return [note for _, note in sorted(self.collect(name, Patience(wait)).items())]
+        return [came[rank][len(_CAME) :] for rank in range(self.size)]
+
+    def fail(self, name: str, why: str) -> None:
+        """Come to a meeting with a failure, and do not wait for anybody."""
+        self.pin(name, _FAILED + why.encode()[:2000])
+        if self.rank == 0:
+            self.pin(_verdict(name), b"0")
+
+
+_CAME, _FAILED = b"+", b"-"
 
 
 def _shares_its_store(environment: Mapping[str, str]) -> bool:
@@ -171,6 +184,11 @@ def _shares_its_store(environment: Mapping[str, str]) -> bool:
 
 def _key(name: str, rank: int) -> str:
     return f"{name}/{rank}"
+
+
+def _verdict(name: str) -> str:
+    """The first rank's, on who is missing."""
+    return f"{name}/missing"
 
 
 def _missed(missing: Sequence[int], rank: int, size: int, wait: float) -> str:

@@ -20,7 +20,8 @@ class NoisyStatistics(Rule):
     Layers whose batch statistics differ so much from one batch to the next that they move each
     normalized value by more than half a standard deviation, beyond twice the error with which that
     is known. It is the noise of about six independent values per channel, √(1.5/6) = 0.5; the
-    positions of one image count, but are not independent of each other.
+    positions of one image count, but are not independent of each other. Layers that synchronize are
+    judged by the batches of all their ranks together.
 
     ## Why it hurts
 
@@ -36,7 +37,7 @@ class NoisyStatistics(Rule):
     ## Fix
 
     Larger batches (`rematerialize(model)` frees memory for them), statistics over several ranks
-    (SyncBatchNorm), statistics corrected towards the running ones
+    (`batchnorm.convert(model, to="sync")`), statistics corrected towards the running ones
     (`batchnorm.convert(model, to=Renorm())`), frozen ones when fine-tuning
     (`batchnorm.freeze(model)`), or `batchnorm.convert(model, to="group_norm")`.
 

@@ -60,7 +60,10 @@ class RanksOutOfStep(Rule):
         """One finding for the flags, and for each group of ranks one where its calls part."""
         views = {view.rank: view for view in ranks.views}
         layers = {r: {layer.name: layer for layer in view.layers} for r, view in views.items()}
-        yield from self._modes(ranks.views, layers)
+        modes = list(self._modes(ranks.views, layers))
+        if modes or len({view.is_evaluating for view in ranks.views}) > 1:
+            yield from modes
+            return  # one follows from the other
         for group in dict.fromkeys(calls.key for view in ranks.views for calls in view.calls):
             calls = sequences_of(ranks.views, group)
             found = self._order(calls, layers) or self._ends(calls, layers, views)

@@ -55,7 +55,8 @@ class SyncOnCPU(Rule):
         if paths:
             yield self.found(
                 Severity.WARNING,
-                f"torch.nn.SyncBatchNorm on the CPU, where ranks cannot train it, {in_layers(paths)}",
+                "torch.nn.SyncBatchNorm on the CPU, where ranks cannot train it, "
+                f"{in_layers(paths)}",
                 paths,
                 repair('convert(model, to="batchnorm", example=batch)', "the same state dict"),
                 layers=float(len(paths)),
