@@ -147,8 +147,13 @@ def _ranks_pool_forward(rank):
     sums = Sums(torch.ones(4).double(), torch.ones(4).double())
     total = operation._total(sums, Peers(None, Caller("a.norm", 2**20 - 1)))
     _equal(tuple(total), (sums.total * 3, sums.total * 3))
+    layer = _layer(statistics=Sync())
+    before = values(layer)
+    pooled_forward(layer, mine)
+    assert values(layer) != before
     with pytest.raises(SyncError, match=f"different orders, at layer{rank} this one"):
         operation._total(sums, Peers(None, Caller(f"layer{rank}", 1 + rank)))
+    assert values(layer) == before
 
 
 def _ranks_convert(rank):

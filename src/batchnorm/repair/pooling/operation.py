@@ -13,7 +13,7 @@ from batchnorm.functional.halves import input_gradient, residual_gradient, sums_
 from batchnorm.functional.recipe import Settings
 from batchnorm.kernels import Activation, Sums
 from batchnorm.moments import Moments
-from batchnorm.ranks import Peers, SyncError
+from batchnorm.ranks import Peers, SyncError, step
 
 __all__ = ["Part", "normalize_together"]
 
@@ -124,6 +124,7 @@ def _total(mine: Sums, peers: Peers) -> Sums:
     differs = of_tags.square() != of_squares * ranks
     if total.device.type == "cpu":
         if differs:
+            step.undo()
             raise SyncError(
                 f"the ranks went backward through pooled_forward in different orders, at "
                 f"{peers.caller.name} this one; let all have as many micro-batches"
