@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing import forkserver, get_context
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 import torch
@@ -47,22 +47,31 @@ class Outcome:
 
 
 def outcomes(
-    world: int, work: Callable[..., Any], *args: Any, limit: float = 3, within: float = 30
+    world: int,
+    work: Callable[..., Any],
+    *args: Any,
+    limit: float = 3,
+    within: float = 30,
+    first_keeps_store: bool = False,
 ) -> list[Outcome]:
     """Call `work(rank, world, *args)` in `world` processes over gloo, and wait for all of them.
 
-    Its result must be JSON's. `limit` is the process group's, in seconds; who is not at its end
-    `within` seconds hangs, and raises `AssertionError` here.
+    Its result must be JSON's.
+
+    - `limit`: the process group's, in seconds.
+    - `within`: seconds after which a rank that has not ended hangs, an `AssertionError`.
+    - `first_keeps_store`: whether rank 0 holds the group's store; else this process does, as
+      torchrun's does.
     """
     _start_server()
     ready = _processes.Barrier(world)
     port = free_port()
+    store = None if first_keeps_store else _store(port, True)
     ranks = []
     for rank in range(world):
         ours, theirs = _processes.Pipe(duplex=False)
-        process = _processes.Process(
-            target=_rank, args=(rank, world, port, limit, ready, theirs, work, args)
-        )
+        meeting = _Meeting(rank, world, port, first_keeps_store and rank == 0, limit, ready)
+        process = _processes.Process(target=_rank, args=(meeting, theirs, work, args))
         process.start()
         theirs.close()
         ranks.append((process, ours))
@@ -72,6 +81,7 @@ def outcomes(
     finally:
         for process, _ in ranks:
             process.kill()
+        del store
 
 
 def _start_server() -> None:
@@ -87,31 +97,48 @@ def die() -> NoReturn:
     raise AssertionError
 
 
-def _rank(
-    rank: int, world: int, port: int, limit: float, ready: Any, pipe: Any, work: Any, args: Any
-) -> None:
+class _Meeting(NamedTuple):
+    rank: int
+    world: int
+    port: int
+    keeps_store: bool
+    limit: float
+    ready: Any
+
+    def join(self) -> None:
+        """Begin the process group; its limit is none for starting."""
+        if self.keeps_store:
+            store = _store(self.port, True)
+        self.ready.wait(STARTING)
+        if not self.keeps_store:
+            store = _store(self.port, False)
+        dist.init_process_group(
+            "gloo",
+            store=store,
+            rank=self.rank,
+            world_size=self.world,
+            timeout=timedelta(seconds=self.limit),
+        )
+        dist.barrier()
+
+
+def _store(port: int, is_master: bool) -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", port, is_master=is_master, wait_for_workers=False)
+
+
+def _rank(meeting: _Meeting, pipe: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    ready.wait(STARTING)  # the group's limit is none for starting
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=limit),
-    )
-    dist.barrier()
+    meeting.join()
     start = time.perf_counter()
     told: dict[str, Any] = {}
     try:
-        told["said"] = work(rank, world, *args)
+        told["said"] = work(meeting.rank, meeting.world, *args)
     except BaseException as error:  # a Ctrl-C too
         told |= {"error": type(error).__name__, "message": str(error)}
         told["trace"] = traceback.format_exc()
     told["seconds"] = time.perf_counter() - start
     pipe.send_bytes(json.dumps(told).encode())
     pipe.close()
-    if dist.is_initialized() and "error" not in told:
-        dist.destroy_process_group()
 
 
 def _outcome(process: Any, pipe: Any, end: float) -> Outcome:

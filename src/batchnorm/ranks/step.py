@@ -58,8 +58,7 @@ class Step:
         if self._went_back and not self._has_optimizer:
             self._end()
         self._asking = ref(asking)
-        if torch.is_grad_enabled():
-            self._waiting.add(asking)
+        self._waiting.add(asking)  # for as long as it lives: not longer where nothing is recorded
 
     def keep(self, *buffers: Tensor | None) -> None:
         """Remember what a layer's buffers hold, which it is about to write to."""
