@@ -25,7 +25,7 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchnorm
-from batchnorm.planning.measuring import measure_collectives, traffic_of
+from batchnorm.planning.measuring import CHANNELS, measure_collectives, traffic_of
 from batchnorm.planning.network import Network, fitted
 from batchnorm.planning.traffic import NOTHING, Traffic, all_reduce, exchange
 
 WORLDS = (1, 2, 4, 8)
 NETWORKS = {"ResNet-18": "ResNet-18", "ResNet-50": "bottlenecks, as ResNet-50"}
 BATCH, SIZE = 4, 64
+FEWEST, MOST, ROUNDS = 5, 25, 9  # rounds of steps, and of collectives
 PLAIN, OURS, ONE, TWO = "unsynchronized", "ours", "detectron2's", "two all-reduces"
 SYNCHRONIZED = (OURS, ONE, TWO)
 c10d = torch.ops.c10d
@@ -199,7 +200,18 @@ def sent(step: Callable[[], object]) -> Traffic:
     return counted.sent
 
 
-def steps(rounds: int) -> list[dict[str, Any]]:
+def rounds_in(seconds: float, work: Iterable[Callable[[], object]]) -> int:
+    """How many rounds take so long; the same on all ranks."""
+    dist.barrier()
+    start = time.perf_counter()
+    for step in work:
+        step()
+    wanted = [max(FEWEST, min(MOST, int(seconds / (time.perf_counter() - start))))]
+    dist.broadcast_object_list(wanted)
+    return wanted[0]
+
+
+def steps(seconds_each: float) -> list[dict[str, Any]]:
     """Every network and part: seconds of each round's slowest rank, and what a rank sends."""
     rows = []
     world = dist.get_world_size()
@@ -212,14 +224,13 @@ def steps(rounds: int) -> list[dict[str, Any]]:
             traffic = {kind: asdict(sent(step)) for kind, step in work.items()}
             seconds: dict[str, list[float]] = {kind: [] for kind in NORMS}
             order = list(work.items())
-            for i in range(rounds + 2):
+            for _ in range(rounds_in(seconds_each, work.values())):
                 order.reverse()
                 for kind, step in order:
                     dist.barrier()
                     start = time.perf_counter()
                     step()
-                    if i >= 2:
-                        seconds[kind].append(time.perf_counter() - start)
+                    seconds[kind].append(time.perf_counter() - start)
             everyone: list[Any] = [None] * world
             dist.all_gather_object(everyone, seconds)
             slowest = {
@@ -238,10 +249,10 @@ def steps(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def peers_collectives(rounds: int) -> list[tuple[int, str, int, float]]:
+def peers_collectives() -> list[tuple[int, str, int, float]]:
     """World, collective, channels, seconds: of the peers' collectives of 2c float32 numbers."""
     world, found = dist.get_world_size(), []
-    for channels in (1, 64, 256, 1024, 2048):
+    for channels in CHANNELS:
         x = torch.zeros(2 * channels)
         rows = [torch.zeros_like(x) for _ in range(world)]
         work = {
@@ -250,7 +261,7 @@ def peers_collectives(rounds: int) -> list[tuple[int, str, int, float]]:
         }
         for which, done in work.items():
             times = []
-            for _ in range(rounds + 2):
+            for _ in range(ROUNDS + 2):
                 dist.barrier()
                 start = time.perf_counter()
                 for _ in range(10):
@@ -262,28 +273,27 @@ def peers_collectives(rounds: int) -> list[tuple[int, str, int, float]]:
     return found
 
 
-def worker(rank: int, world: int, port: int, rounds: int, output: str) -> None:
+def worker(rank: int, world: int, port: int, seconds: float, output: str) -> None:
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    result: dict[str, Any] = {"steps": steps(rounds)}
+    result: dict[str, Any] = {"steps": steps(seconds)}
     if world > 1:
-        result["ours"] = [
-            (world, *timing) for timing in measure_collectives(rounds=rounds) if timing[0] == world
-        ]
-        result["peers"] = peers_collectives(rounds)
+        timings = measure_collectives(rounds=ROUNDS, sizes=(world,))
+        result["ours"] = [(world, *timing) for timing in timings]
+        result["peers"] = peers_collectives()
     if rank == 0:
         Path(output).write_text(json.dumps(result))
     dist.destroy_process_group()
 
 
-def measured(world: int, rounds: int) -> dict[str, Any]:
+def measured(world: int, seconds: float) -> dict[str, Any]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
-        mp.spawn(worker, (world, port, rounds, str(output)), nprocs=world)
+        mp.spawn(worker, (world, port, seconds, str(output)), nprocs=world)
         return json.loads(output.read_text())
 
 
@@ -396,7 +406,7 @@ def text_of(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=18, help="about, for each step's rounds")
     parser.add_argument("--worlds", type=int, nargs="+", default=WORLDS)
     parser.add_argument(
         "--output", type=Path, help="write the tables here, and what they are made of as .json"
@@ -408,7 +418,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     results: dict[str, Any] = {"machine": f"{machine()}, {cores} cores", "cores": cores}
     for world in args.worlds:
-        for key, rows in measured(world, args.rounds).items():
+        for key, rows in measured(world, args.seconds).items():
             results.setdefault(key, []).extend(rows)
     text = text_of(results)
     print(text)

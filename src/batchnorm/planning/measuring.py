@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -16,9 +16,9 @@ from batchnorm.planning.traffic import Backend, Traffic, backward, forward
 from batchnorm.ranks import Peers, Ranks
 from batchnorm.statistics import Sync
 
-__all__ = ["Timing", "measure_collectives", "measure_network"]
+__all__ = ["CHANNELS", "Timing", "measure_collectives", "measure_network", "traffic_of"]
 
-CHANNELS = (1, 64, 256, 1024, 2048)
+CHANNELS = (1, 64, 512, 2048, 16384)  # the last for the bandwidth: no layer has as many
 CALLS = 10  # one after the other, as layers are
 
 Timing = tuple[int, int, Literal["forward", "backward"], float]
@@ -28,7 +28,7 @@ Timing = tuple[int, int, Literal["forward", "backward"], float]
 def measure_network(*, rounds: int = 9) -> Network:
     """The network between the ranks of the default group, for `plan(..., network=...)`.
 
-    Collectives of layers of 1 to 2,048 channels are timed in groups of neighbouring ranks, of
+    Collectives of layers of 1 to 16,384 channels are timed in groups of neighbouring ranks, of
     each size that divides the world and is a power of two, and in the whole world, while nothing
     else runs. All ranks must call this; all get the same. `Network` is fitted to the slowest
     rank's medians.
@@ -52,11 +52,15 @@ def traffic_of(timings: list[Timing], backend: Backend) -> list[tuple[Traffic, f
     ]
 
 
-def measure_collectives(*, rounds: int = 9) -> list[Timing]:
-    """The medians that `measure_network` fits, of the slowest rank."""
+def measure_collectives(*, rounds: int = 9, sizes: Sequence[int] = ()) -> list[Timing]:
+    """The medians that `measure_network` fits, of the slowest rank.
+
+    - `sizes`: of the groups; by default those that `measure_network` names.
+    """
     device = "cpu" if _backend() == "gloo" else f"cuda:{torch.cuda.current_device()}"
     world = dist.get_world_size()
-    sizes = [k for k in range(2, world + 1) if world % k == 0 and (k & (k - 1) == 0 or k == world)]
+    if not sizes:
+        sizes = [k for k in range(2, world + 1) if world % k == 0 and _is_usual(k, world)]
     work = {
         (k, channels, which): done
         for k in sizes
@@ -89,6 +93,11 @@ def _collectives(
     moments = Moments(torch.ones_like(values, dtype=torch.int64), values, values)
     sums = values.repeat(2)
     return [("forward", lambda: peers.merged(moments)), ("backward", lambda: peers.total(sums))]
+
+
+def _is_usual(k: int, world: int) -> bool:
+    """Whether groups of k are measured: a power of two, or all."""
+    return k & (k - 1) == 0 or k == world
 
 
 def _backend() -> Literal["gloo", "nccl"]:

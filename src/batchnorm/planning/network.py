@@ -95,9 +95,9 @@ def fitted(
 LOOPBACK = Network(
     "gloo over loopback, 2 to 8 processes on 2 cores of an AMD EPYC (benchmarks/sync.md)",
     "gloo",
-    collective=657e-6,
-    message=242e-6,
-    byte=0.304e-9,
+    collective=395e-6,
+    message=312e-6,
+    byte=1.52e-9,
 )
 """What benchmarks/sync.py measured and wrote into benchmarks/sync.json."""
 
