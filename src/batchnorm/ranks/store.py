@@ -6,7 +6,6 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -89,20 +88,17 @@ class Board:
         """Leave a note, in the place of the last one of this name."""
         if len(note) > LARGEST:
             raise ValueError(f"a note has at most {LARGEST} bytes, got {len(note)} for {name!r}")
-        self._store.set(_key(name, self.rank), note)
+        self._store.set(_key(name, self.rank), _THERE + note)
 
     def take_down(self, name: str) -> None:
         """Take this rank's note away, if there is one."""
-        with suppress(NotImplementedError):  # not every store forgets
-            self._store.delete_key(_key(name, self.rank))
+        # not deleted: who has just seen that there is one would wait for it
+        self._store.set(_key(name, self.rank), b"")
 
     def read(self, name: str, rank: int) -> bytes | None:
         """A rank's note; None where there is none yet."""
-        key = _key(name, rank)
-        if not self._store.check([key]):
-            return None
-        note: bytes = self._store.get(key)
-        return note
+        note = self._held(_key(name, rank))
+        return note[len(_THERE) :] if note else None
 
     def collect(
         self, name: str, patience: Patience, of: Sequence[int] | None = None
@@ -119,18 +115,17 @@ class Board:
     def claim(self, name: str) -> bool:
         """Whether this rank is the first to ask for it."""
         mine = str(self.rank)
-        holder: bytes = self._store.compare_set(f"{name}/holder", "", mine)
+        holder: bytes = self._store.compare_set(_holder(name), "", mine)
         return holder == mine.encode()
 
     def await_claim(self, name: str, patience: Patience) -> None:
         """Wait until somebody has asked for it, or it takes too long."""
-        while not patience.is_over and not self._store.check([f"{name}/holder"]):
+        while not patience.is_over and not self._held(_holder(name)):
             time.sleep(_STEP)
 
     def release(self, name: str) -> None:
         """Let it be claimed again."""
-        with suppress(NotImplementedError):
-            self._store.delete_key(f"{name}/holder")
+        self._store.set(_holder(name), b"")
 
     def meet(self, name: str, note: bytes, wait: float) -> list[bytes]:
         """Every rank's note, in the order of the ranks, once all have come here.
@@ -168,7 +163,15 @@ class Board:
         if self.rank == 0:
             self.pin(_verdict(name), b"0")
 
+    def _held(self, key: str) -> bytes:
+        """What the store holds, without waiting for it."""
+        if not self._store.check([key]):
+            return b""
+        value: bytes = self._store.get(key)
+        return value
 
+
+_THERE = b"!"  # before every note: empty ones are there too
 _CAME, _FAILED = b"+", b"-"
 
 
@@ -184,6 +187,10 @@ def _shares_its_store(environment: Mapping[str, str]) -> bool:
 
 def _key(name: str, rank: int) -> str:
     return f"{name}/{rank}"
+
+
+def _holder(name: str) -> str:
+    return f"{name}/holder"
 
 
 def _verdict(name: str) -> str:

@@ -127,11 +127,12 @@ class RanksOutOfStep(Rule):
         for ranks, why, fix in (
             ([r for r in behind if _learned_in_eval(layers[r].get(name))], _IN_EVAL, _MODES),
             ([r for r in behind if views[r].is_together], " in one pass", _BRANCHES),
-            ([r for r in behind if views[r].status == 0], ", which has ended", _LOADERS),
+            ([r for r in behind if views[r].status == 0], _ENDED, _LOADERS),
         ):
             if ranks:
                 counts = {rank: calls[rank].counts.get(name, 0) for rank in (*ahead, *ranks)}
-                return self._found(name, counts, why, fix)
+                few = why is _ENDED and len(ranks) > 1
+                return self._found(name, counts, why.replace("has", "have") if few else why, fix)
         return None
 
     def _crossed(
@@ -175,6 +176,7 @@ class RanksOutOfStep(Rule):
 _Layers = Mapping[int, Mapping[str, LayerView]]
 
 _IN_EVAL = ", where it is in eval mode and learns"
+_ENDED = ", which has ended"
 _MODES = "train() or eval() on all ranks alike"
 _BRANCHES = "take a branch on all ranks or on none: decide by what is the same on all of them"
 _LOADERS = "as many batches on each rank: DistributedSampler(dataset), or drop_last=True"
