@@ -134,7 +134,14 @@ def test_what_is_converted_keeps_all_that_is_not_its_class(layer, to):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     ("to", "dims"),
-    [("batchnorm", 1), ("batchnorm", 2), ("batchnorm", 3), (Ghost(2), 2), ("sync", 2), ("torch_sync", 1)],
+    [
+        ("batchnorm", 1),
+        ("batchnorm", 2),
+        ("batchnorm", 3),
+        (Ghost(2), 2),
+        ("sync", 2),
+        ("torch_sync", 1),
+    ],
 )
 def test_outputs_and_statistics_are_those_of_a_layer_written_so(to, dims, training):
     norm = tried(TORCH[dims](3, eps=1e-3, momentum=0.3), dims).train(training)
