@@ -7,38 +7,15 @@ mistake; most train a second model without it, which nothing may be found in.
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).parent / "scripts"
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
-def python(*words: str) -> subprocess.CompletedProcess:
-    """`python words…` beside the scripts, with nothing fetched and nothing left there."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",  # small models only wait for a second thread
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=SCRIPTS,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env=environment,
-    )
+from launched import SCRIPTS, python, torchrun
 
 
 def plain_and_watched(
@@ -142,7 +119,7 @@ def test_batches_from_forked_and_spawned_workers(tmp_path):
 
 
 def test_two_ranks_of_torchrun(tmp_path):
-    plain, watched, report = plain_and_watched(tmp_path, "ddp.py", *TORCHRUN)
+    plain, watched, report = plain_and_watched(tmp_path, "ddp.py", *torchrun(2))
     for rank in range(2):
         assert_same_bits(tmp_path, f".{rank}")
     assert (watched.returncode, watched.stdout) == (0, plain.stdout)
@@ -151,15 +128,20 @@ def test_two_ranks_of_torchrun(tmp_path):
     assert (report["layers"], report["calls"]) == (4, 3 * 16 * 2 * 2 * 2)
     second = "DistributedDataParallel#2.module"
     assert modules_of_the_finding(report, "BN108", "ddp.py") == [f"{second}.1", f"{second}.4"]
-    # both ranks saw it, and one says so
+    # both ranks saw it, and one says so; that they differ between two forward passes is nothing
+    assert (report["ranks"], report["endings"]) == (2, [])
+    assert report["findings"][0]["ranks"] == []
+    assert {"BN112", "BN114"} <= set(report["rules"])
     assert watched.stderr.count("\nbatchnorm watched 4 layers") == 1
     assert watched.stderr.count("BN108 warning: statistics moved with gradients off") == 1
 
 
-def test_an_error_in_another_rank_of_torchrun_is_told():
+def test_an_error_in_another_rank_of_torchrun_is_told_by_the_first():
     script = "ddp_uneven.py"
-    run = python(*TORCHRUN, "-m", "batchnorm", "run", script)
+    run = python(*torchrun(2), "-m", "batchnorm", "run", script)
     assert run.returncode == 1  # as torchrun has it, whatever became of the other rank
     assert "[rank1]: ValueError: Expected more than 1 value per channel" in run.stderr
-    assert "BN109 error: one value per channel" in run.stderr
-    assert f"  at   {the_mistake(script)}\n" in run.stderr
+    assert run.stderr.count("\nbatchnorm watched 1 layer in 1 forward pass on each of 2 ranks") == 1
+    assert run.stderr.count("BN109 error: one value per channel") == 1
+    assert f"  at   {the_mistake(script)}\n  on   rank 1 of 2\n" in run.stderr
+    assert re.search(r"\n  ranks? (0 and )?1 of 2: exit status 1\n", run.stderr)

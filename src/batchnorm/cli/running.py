@@ -19,7 +19,7 @@ from batchnorm.audit.script import INTERRUPTED
 from batchnorm.audit.wire import Note
 from batchnorm.cli.options import Form
 from batchnorm.cli.output import BAD_INPUT, complain, print_in_form, write_report
-from batchnorm.cli.termination import before_termination
+from batchnorm.cli.termination import before_termination, end_by_itself
 
 __all__ = ["Telling", "run_on_ranks"]
 
@@ -86,17 +86,19 @@ class _Rank:
 
     def run(self, script: Path, arguments: Sequence[str]) -> int:
         """Run the script, and return the exit status."""
-        with before_termination(self._told_to_end):
-            status, report = run_script(script, arguments, probe=self._probe)
-            self._ending.acquire()
-            _flush()
-            return self._end(report, status)
+        before_termination(self._told_to_end)
+        status, report = run_script(script, arguments, probe=self._probe)
+        self._ending.acquire()
+        _flush()
+        status = self._end(report, status)
+        end_by_itself()
+        return status
 
     def _told_to_end(self) -> bool:
         """Report in the script's stead, from another thread; whether the process is to end."""
         if not self._ending.acquire(blocking=False):
             self._meeting.hurry()
-            return False
+            return False  # the script has ended: its exit status stays what it is
         place = place_of(threading.main_thread().ident)
         self._end(self._probe.report(), None, place)
         return True

@@ -7,15 +7,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
-__all__ = ["before_termination"]
+__all__ = ["before_termination", "end_by_itself"]
 
 
-@contextmanager
-def before_termination(act: Callable[[], bool]) -> Iterator[None]:
-    """When SIGTERM comes, call `act` in a thread of its own; then let the signal do its work.
+def before_termination(act: Callable[[], bool]) -> None:
+    """From now on when SIGTERM comes, call `act` in a thread of its own; then let it do its work.
 
     Also where the main thread hangs in a collective and runs no Python. The signal's handler is C
     and unknown to Python's table of handlers: a script that asks finds none, as without us, and
@@ -25,28 +24,28 @@ def before_termination(act: Callable[[], bool]) -> Iterator[None]:
 
     Where somebody has set a handler already, and on Windows, nothing is done.
     """
-    is_ours = sys.platform != "win32" and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if not is_ours:
-        yield
+    if sys.platform == "win32" or not _is_default():
         return
     told, tell = os.pipe()
     os.set_blocking(tell, False)  # nobody waits in a signal's handler
-    process = os.getpid()
     threading.Thread(target=_await, args=(told, act), name="batchnorm", daemon=True).start()
-    os.register_at_fork(after_in_child=lambda: _forget(process))
-    _waiting.add(process)
-    # what it writes, where the process stood, only wakes the thread
-    faulthandler.register(signal.SIGTERM, tell, all_threads=False)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # else the script's own is there
-            faulthandler.unregister(signal.SIGTERM)
-        _waiting.discard(process)
-        os.close(tell)
+    _Handler.tell = tell
+    os.register_at_fork(
+        before=_Handler.take_off, after_in_parent=_Handler.put_on, after_in_child=_Handler.forget
+    )
+    _Handler.put_on()
 
 
-_waiting: set[int] = set()  # processes
+def end_by_itself() -> None:
+    """From now on SIGTERM is not heard: the process has its exit status, and is about to end.
+
+    Another rank may end with an error in the meantime, and the launcher tell all to end. Where the
+    script has set a handler, that stays.
+    """
+    if _is_default():
+        _Handler.take_off()
+        _Handler.forget()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _await(told: int, act: Callable[[], bool]) -> None:
@@ -57,11 +56,28 @@ def _await(told: int, act: Callable[[], bool]) -> None:
         if ends:
             faulthandler.unregister(signal.SIGTERM)  # to what it was, from any thread
             os.kill(os.getpid(), signal.SIGTERM)
-    os.close(told)
 
 
-def _forget(parent: int) -> None:
-    """In a child: SIGTERM means to it what it means to any process."""
-    if parent in _waiting:
-        _waiting.discard(parent)
-        faulthandler.unregister(signal.SIGTERM)
+class _Handler:
+    """This process's handler; it is taken off while a child is forked, which gets none."""
+
+    tell: int | None = None  # what it writes to
+
+    @classmethod
+    def put_on(cls) -> None:
+        if cls.tell is not None and _is_default():
+            # what it writes, where the process stood, only wakes the thread
+            faulthandler.register(signal.SIGTERM, cls.tell, all_threads=False)
+
+    @classmethod
+    def take_off(cls) -> None:
+        if cls.tell is not None and _is_default():  # else the script's own is there
+            faulthandler.unregister(signal.SIGTERM)
+
+    @classmethod
+    def forget(cls) -> None:
+        cls.tell = None
+
+
+def _is_default() -> bool:
+    return signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
