@@ -116,7 +116,7 @@ def audit(
             selection=selection,
         )
 
-    is_together = group is not None and size_of(group) > 1
+    is_together = group is not None and size_of(group) != 1  # which raises outside of it
     if group is not None and is_together:
         return audit_together(model, batches, forward, look, group, wait, rules, selection)
     if batches is not None:
