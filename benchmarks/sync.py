@@ -39,9 +39,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchnorm
-from batchnorm.planning.measuring import CHANNELS, measure_collectives, traffic_of
+from batchnorm.planning.measuring import CHANNELS, Timing, measure_layers
 from batchnorm.planning.network import Network, fitted
 from batchnorm.planning.traffic import NOTHING, Traffic, all_reduce, exchange
+from batchnorm.ranks import Peers
 
 WORLDS = (1, 2, 4, 8)
 NETWORKS = {"ResNet-18": "ResNet-18", "ResNet-50": "bottlenecks, as ResNet-50"}
@@ -249,13 +250,14 @@ def steps(seconds_each: float) -> list[dict[str, Any]]:
     return rows
 
 
-def peers_collectives() -> list[tuple[int, str, int, float]]:
-    """World, collective, channels, seconds: of the peers' collectives of 2c float32 numbers."""
+def collectives() -> list[tuple[int, str, int, float]]:
+    """World, which, channels, seconds: collectives alone, one following the other."""
     world, found = dist.get_world_size(), []
     for channels in CHANNELS:
         x = torch.zeros(2 * channels)
-        rows = [torch.zeros_like(x) for _ in range(world)]
+        rows, sums, peers = [torch.zeros_like(x) for _ in range(world)], x.double(), Peers(None)
         work = {
+            "exchange": lambda peers=peers, sums=sums: peers.total(sums),
             "all_gather": lambda rows=rows, x=x: dist.all_gather(rows, x),
             "all_reduce": lambda x=x: dist.all_reduce(x),
         }
@@ -279,9 +281,8 @@ def worker(rank: int, world: int, port: int, seconds: float, output: str) -> Non
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     result: dict[str, Any] = {"steps": steps(seconds)}
     if world > 1:
-        timings = measure_collectives(rounds=ROUNDS, sizes=(world,))
-        result["ours"] = [(world, *timing) for timing in timings]
-        result["peers"] = peers_collectives()
+        result["layers"] = measure_layers(rounds=ROUNDS, sizes=(world,))
+        result["collectives"] = collectives()
     if rank == 0:
         Path(output).write_text(json.dumps(result))
     dist.destroy_process_group()
@@ -303,16 +304,17 @@ def share(world: int, cores: int) -> float:
 
 
 def network_of(results: dict[str, Any]) -> Network:
-    """The network that the exchanges show, of ranks with a core of their own.
+    """The network that layers show, of ranks with a core of their own.
 
     Of k processes on fewer cores each waits for the others: their times are divided by the
     processes to a core.
     """
-    timings = []
-    for world, *timing in results["ours"]:
-        k, channels, which, seconds = timing
-        timings.append((k, channels, which, seconds / share(world, results["cores"])))
-    fit = fitted("", "gloo", traffic_of(timings, "gloo"))
+    timings = [Timing(*timing) for timing in results["layers"]]
+    measured = [
+        (timing.traffic("gloo"), timing.seconds / share(timing.group, results["cores"]))
+        for timing in timings
+    ]
+    fit = fitted("", "gloo", measured)
     rounded = [float(f"{x:.3g}") for x in (fit.collective, fit.message, fit.byte)]
     return Network("gloo over loopback", "gloo", *rounded)
 
@@ -352,27 +354,23 @@ def traffic_table(results: dict[str, Any]) -> list[str]:
 
 
 def collective_table(results: dict[str, Any]) -> list[str]:
-    """Beside what the fitted model says; channels in rows, collectives in columns."""
+    """Of each layer, beside what the fitted model says, and of collectives alone."""
     fit, cores = network_of(results), results["cores"]
-    ours = {tuple(timing[:4]): timing[4] for timing in results["ours"]}
-    peers = {tuple(timing[:3]): timing[3] for timing in results["peers"]}
+    alone = {(world, which, c): seconds for world, which, c, seconds in results["collectives"]}
     lines = [
-        "| processes | channels | ours forward, µs | ours backward, µs | model forward, µs "
-        "| all-gather of the peer's, µs | all-reduce of the peer's, µs |",
+        "| processes | channels | a layer's two, µs | model, µs | exchange alone, µs "
+        "| all-gather alone, µs | all-reduce alone, µs |",
         "|---|---|---|---|---|---|---|",
     ]
-    for world, which, channels in peers:
-        if which == "all_gather":
-            ((traffic, _),) = traffic_of([(world, channels, "forward", 0.0)], "gloo")
-            times = [
-                ours[world, world, channels, "forward"],
-                ours[world, world, channels, "backward"],
-                fit.seconds(traffic) * share(world, cores),
-                peers[world, "all_gather", channels],
-                peers[world, "all_reduce", channels],
-            ]
-            cells = [str(world), str(channels), *(f"{1e6 * t:.0f}" for t in times)]
-            lines.append(f"| {' | '.join(cells)} |")
+    for timing in (Timing(*each) for each in results["layers"]):
+        world, channels = timing.group, timing.channels
+        times = [
+            timing.seconds,
+            fit.seconds(timing.traffic("gloo")) * share(world, cores),
+            *(alone[world, which, channels] for which in ("exchange", "all_gather", "all_reduce")),
+        ]
+        cells = [str(world), str(channels), *(f"{1e6 * t:.0f}" for t in times)]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -391,12 +389,14 @@ def text_of(results: dict[str, Any]) -> str:
         "",
         "## What a collective takes",
         "",
-        "Ours exchanges 2c + 1 float64 numbers forward and 2c backward, and merges or sums them; "
-        "the peer's collectives are of 2c float32 numbers, with nothing done to them. The model, "
-        f"fitted to ours: {1e6 * fit.collective:.3g} µs a collective, "
-        f"{1e6 * fit.message:.3g} µs a message to another rank, "
+        "First what synchronizing a layer adds to its forward and backward pass, of few samples "
+        "and in a row of layers, with its two exchanges, of 2c + 1 and 2c float64 numbers. The "
+        f"model is fitted to that: {1e6 * fit.collective:.4g} µs a collective, "
+        f"{1e6 * fit.message:.4g} µs a message to another rank, "
         f"{1e9 * fit.byte:.3g} ns a byte, times the processes to a core. "
-        "`batchnorm.planning.LOOPBACK` holds these numbers.",
+        "`batchnorm.planning.LOOPBACK` holds these numbers. Then collectives alone, one following "
+        "the other, which takes less time than where a layer waits for each: our exchange of 2c "
+        "float64 numbers, the peer's collectives of 2c float32.",
         "",
         *collective_table(results),
         "",

@@ -59,7 +59,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def milliseconds(seconds: float) -> str:
     """With three digits."""
-    return f"{1e3 * seconds:,.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"
+    return f"{1e3 * seconds:,.3g}" if seconds < 0.9995 else f"{1e3 * seconds:,.0f}"
 
 
 def megabytes(number: float) -> str:
@@ -72,8 +72,8 @@ def networks(results: dict[str, Any]) -> str:
     rows = [
         [
             each.name,
-            f"{1e6 * each.collective:.3g}",
-            f"{1e6 * each.message:.3g}",
+            f"{1e6 * each.collective:.4g}",
+            f"{1e6 * each.message:.4g}",
             f"{each.bandwidth / 1e9:.3g}",
         ]
         for each in (LOOPBACK, NVLINK, INFINIBAND)

@@ -135,9 +135,10 @@ def _measure(backend: Backend) -> None:
         network = measure_network()
         if dist.get_rank() == 0:
             typer.echo(f"{network.name}. To plan with it:")
+            latency, message = (f"{s * 1e6:.4g}" for s in (network.collective, network.message))
             typer.echo(
-                f"batchnorm plan --backend {backend.value} --latency {network.collective * 1e6:.3g}"
-                f" --message {network.message * 1e6:.3g} --bandwidth {network.bandwidth / 1e9:.3g}"
+                f"batchnorm plan --backend {backend.value} --latency {latency} "
+                f"--message {message} --bandwidth {network.bandwidth / 1e9:.3g}"
             )
     except ValueError as error:
         if dist.get_rank() == 0:

@@ -73,9 +73,13 @@ def _text(plan: Plan) -> str:
 
 def _time(seconds: float) -> str:
     """`0.12 ms`, `34 ms`, `1.2 s`."""
-    if seconds >= 1:
+    if seconds >= 0.9995:  # what is rounded to 1000 ms
         return f"{seconds:.3g} s"
     return f"{seconds * 1e3:.3g} ms"
+
+
+def _micro(seconds: float) -> str:
+    return f"{seconds * 1e6:,.0f}" if seconds >= 1e-4 else f"{seconds * 1e6:.3g}"
 
 
 def _layers(plan: Plan) -> list[str]:
@@ -193,7 +197,7 @@ def _answer(plan: Plan) -> str:
 def _network(plan: Plan) -> str:
     network = plan.network
     return (
-        f"Times are of {network.name}: {network.collective * 1e6:.3g} µs a collective, "
-        f"{network.message * 1e6:.3g} µs a message, {network.bandwidth / 1e9:.3g} GB/s. Measure "
+        f"Times are of {network.name}: {_micro(network.collective)} µs a collective, "
+        f"{_micro(network.message)} µs a message, {network.bandwidth / 1e9:.3g} GB/s. Measure "
         "yours: torchrun … -m batchnorm plan --measure. Waiting for a slower rank comes on top."
     )
