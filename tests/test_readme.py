@@ -18,7 +18,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, flags=r
 
 
 def test_there_are_examples():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
 
 
 @pytest.mark.parametrize(("code", "printed"), BLOCKS)
@@ -29,7 +29,7 @@ def test_examples_print_what_stands_below_them(code, printed):
     assert out.getvalue() == printed
 
 
-@pytest.mark.parametrize("command", ["rules", "check --memory"])
+@pytest.mark.parametrize("command", ["rules", "check --memory", "plan"])
 def test_commands_print_what_stands_below_them(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "path", list(sys.path))
