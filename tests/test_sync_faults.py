@@ -390,8 +390,8 @@ def test_each_of_two_adversaries_goes_back_to_its_own_last_step():
 
 def _groups(rank, world):
     """In one group the backend fails; the other is destroyed."""
-    layer, x = BatchNorm1d(3, statistics=Sync.groups_of(2)), torch.randn(4, 3)
-    layer(x)
+    layer, x = BatchNorm1d(3, statistics=Sync.groups_of(2)), torch.randn(4, 3, requires_grad=True)
+    layer(x).sum().backward()
     fails = RuntimeError("CUDA error: unhandled\nand its long explanation")
     if rank == 1:
         mock.patch.object(dist, "all_to_all_single", side_effect=fails).start()

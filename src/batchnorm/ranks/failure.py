@@ -30,6 +30,7 @@ class SyncError(RuntimeError):
 
     The message names the layer, the ranks, and the likely cause. The running statistics are
     those of the last complete step, see `undo_step`; the process group should not be used again.
+    From a region that torch.compile has compiled, the backend's own error comes instead.
     """
 
 
