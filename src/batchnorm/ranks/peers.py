@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -80,22 +79,23 @@ class Peers:
             with self._named_errors(doing):
                 gather(flat, mine, group=self.group)
             return flat.view(size, -1)
-        n = mine.numel()
+        n, room = mine.numel(), max(mine.numel() + 1, _ROOM)
         with self._named_errors(doing):
             me = dist.get_rank(self.group)
-        sizes = [max(n + 1, _ROOM)] * size
+        sizes = [room] * size
         sizes[me] = n
-        received = mine.new_empty(sum(sizes))
-        parts = received.split(sizes)
-        bits = received.view(torch.int64)
-        ends = [bits[i + n - 1 : i + n + 1] for i in _starts(sizes)]
+        received = mine.new_empty(sum(sizes))  # of which what is not written takes no memory
+        before = received[: me * room].view(me, room)
+        after = received[me * room + n :].view(size - me - 1, room)
+        ends = [part[:, n - 1 : n + 1].view(torch.int64) for part in (before, after)]
         for end in ends:
             end.fill_(_NOTHING)
         with self._named_errors(doing):
             dist.all_to_all_single(received, mine.repeat(size), sizes, [n] * size, group=self.group)
-        came = [rank == me or _is_whole(end) for rank, end in enumerate(ends)]
-        self._raise_if([rank for rank, whole in enumerate(came) if not whole], doing)
-        return torch.stack([part[:n] for part in parts])
+        last, beyond = torch.cat(ends).unbind(1)
+        others = ((last == _NOTHING) | (beyond != _NOTHING)).nonzero().flatten().tolist()
+        self._raise_if([rank + (rank >= me) for rank in others], doing)
+        return torch.cat((before[:, :n], mine.unsqueeze(0), after[:, :n]))
 
     @contextmanager
     def _named_errors(self, doing: str) -> Iterator[None]:
@@ -171,13 +171,3 @@ def _differ(rows: Tensor, tag: int) -> Tensor:
     """Which ranks (ranks,) were in another layer, as far as they know."""
     tags = rows[:, 0].remainder(_TAGS)
     return (tags != tag) & (tags != UNKNOWN.tag)
-
-
-def _is_whole(end: Tensor) -> bool:
-    """Whether a rank sent its last number, and none beyond."""
-    last, beyond = end.tolist()
-    return bool(last != _NOTHING and beyond == _NOTHING)
-
-
-def _starts(sizes: Sequence[int]) -> Iterator[int]:
-    return accumulate((0, *sizes[:-1]))
