@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from batchnorm.audit import (
@@ -14,6 +15,7 @@ from batchnorm.audit import (
     Report,
     Severity,
 )
+from batchnorm.audit.finding import Ending
 
 WARNED = Finding(
     "BN108",
@@ -56,6 +58,17 @@ HOSTILE = (
 def report(*findings: Finding, layers: int = 3, disabled: dict[str, str] | None = None) -> Report:
     """A report with these findings and nothing measured."""
     return Report(findings, layers, 7, CODES, disabled or {})
+
+
+def of_ranks() -> Report:
+    """A report of four ranks, of which two did not end well."""
+    found = dataclasses.replace(WARNED, ranks=(1, 2, 3)), FAILED
+    endings = (
+        Ending(1, "told to end (SIGTERM)", "train.py:31"),
+        Ending(2, "exit status 1"),
+        Ending(3, "told to end (SIGTERM)", "train.py:31"),
+    )
+    return dataclasses.replace(report(*found), ranks=4, endings=endings)
 
 
 def stale(path: str, shift: float, stretch: float) -> Finding:
@@ -182,4 +195,5 @@ def hostile() -> Report:
         HOSTILE[0],
         profiles,
         tuple(Period(odd, odd, 3) for odd in HOSTILE),
+        endings=tuple(Ending(rank, odd, odd) for rank, odd in enumerate(HOSTILE)),
     )

@@ -27,7 +27,7 @@ def test_a_note_is_read_by_all_and_replaced_by_the_next(boards):
     note = bytes(range(256))
     assert first.read("note", 1) is None
     second.pin("note", note)
-    first.collect("note", Patience(60), [1])  # sent, and not waited for
+    first.collect("note", Patience(60.0), [1])  # sent, and not waited for
     assert [board.read("note", 1) for board in boards] == [note] * 3
     assert third.read("note", 0) is None
     second.pin("note", b"")
@@ -41,7 +41,7 @@ def test_a_note_that_would_end_the_connection_is_refused(boards):
     with pytest.raises(ValueError, match=f"at most {LARGEST} bytes, got {LARGEST + 1} for 'x'"):
         boards[1].pin("x", bytes(LARGEST + 1))
     boards[1].pin("x", bytes(LARGEST))
-    assert boards[2].collect("x", Patience(60), [1]) == {1: bytes(LARGEST)}
+    assert boards[2].collect("x", Patience(60.0), [1]) == {1: bytes(LARGEST)}
 
 
 def test_topics_do_not_see_each_other():
@@ -54,19 +54,19 @@ def test_topics_do_not_see_each_other():
 def test_those_who_come_in_time_are_collected(boards):
     first, second, third = boards
     second.pin("note", b"2")
-    first.collect("note", Patience(60), [1])
+    first.collect("note", Patience(60.0), [1])
     started = time.monotonic()
     assert first.collect("note", Patience(0.3)) == {1: b"2"}
     assert time.monotonic() - started < 5
     late = threading.Timer(0.2, lambda: (third.pin("note", b"3"), first.pin("note", b"1")))
     late.start()
-    assert first.collect("note", Patience(60)) == {0: b"1", 1: b"2", 2: b"3"}
-    assert first.collect("note", Patience(0), [2]) == {2: b"3"}
+    assert first.collect("note", Patience(60.0)) == {0: b"1", 1: b"2", 2: b"3"}
+    assert first.collect("note", Patience(0.0), [2]) == {2: b"3"}
 
 
 def test_patience_is_cut_from_another_thread(boards):
-    patience = Patience(600)
-    patience.cut(900)  # it only grows shorter
+    patience = Patience(600.0)
+    patience.cut(900.0)  # it only grows shorter
     assert not patience.is_over
     threading.Timer(0.2, patience.cut, [0.0]).start()
     started = time.monotonic()
@@ -80,11 +80,11 @@ def test_one_of_all_claims(boards):
         won = list(threads.map(lambda board: board.claim("report"), boards))
     assert sum(won) == 1
     assert [board.claim("report") for board in boards] == won
-    boards[1].await_claim("report", Patience(600))  # which it need not
+    boards[1].await_claim("report", Patience(600.0))  # which it need not
     boards[2].release("report")
     assert boards[2].claim("report")
     assert not boards[0].claim("report")
-    boards[1].await_claim("report", Patience(600))
+    boards[1].await_claim("report", Patience(600.0))
 
 
 def met(boards, wait: float, *, late: dict[int, float] | None = None, failing: int | None = None):
@@ -104,7 +104,7 @@ def met(boards, wait: float, *, late: dict[int, float] | None = None, failing: i
 
 
 def test_all_go_on_together(boards):
-    assert met(boards, 60, late={2: 0.3}) == [[b"note 0", b"note 1", b"note 2"]] * 3
+    assert met(boards, 60.0, late={2: 0.3}) == [[b"note 0", b"note 1", b"note 2"]] * 3
 
 
 @pytest.mark.parametrize("absent", [0, 1])
@@ -130,7 +130,7 @@ def test_the_first_comes_when_the_others_have_given_up(boards):
 @pytest.mark.parametrize("failing", [0, 2])
 def test_nobody_waits_for_one_that_failed(boards, failing):
     started = time.monotonic()
-    answers = met(boards, 60, failing=failing)
+    answers = met(boards, 60.0, failing=failing)
     assert time.monotonic() - started < 30
     said = f"RuntimeError: rank {failing} of 3 failed with ValueError: no data"
     assert answers == [None if rank == failing else said for rank in range(3)]
@@ -168,6 +168,6 @@ def test_torchrun_s_store_is_the_same_for_its_ranks_and_another_after_a_restart(
     first, second = board(0), board(1)
     assert (first.rank, second.rank, second.size) == (0, 1, 2)
     second.pin("note", b"2")
-    assert first.collect("note", Patience(60), [1]) == {1: b"2"}
+    assert first.collect("note", Patience(60.0), [1]) == {1: b"2"}
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert board(0).read("note", 1) is None

@@ -11,7 +11,7 @@ from rich.console import Console
 from batchnorm.audit import Finding, Report, Severity
 from batchnorm.cli.files import example, write_atomically
 from batchnorm.report import FORMS, print_report
-from reports import FAILED, HOSTILE, WARNED, hostile, report, stale
+from reports import FAILED, HOSTILE, WARNED, hostile, of_ranks, report, stale
 
 
 def printed(it: Report, width: int = 80, **options) -> str:
@@ -84,6 +84,21 @@ def test_the_terminal_says_what_was_checked():
     assert "of model.pt in 7 batches: nothing" in printed(with_batches).splitlines()[1]
     empty = dataclasses.replace(report(layers=0), subject="model.pt")
     assert printed(empty).splitlines()[1] == "batchnorm found no batch norm layer in model.pt"
+
+
+def test_the_terminal_says_which_ranks_have_it_and_how_they_ended():
+    text = printed(of_ranks(), width=60)
+    assert text.splitlines()[1:4] == [
+        "batchnorm watched 3 layers in 7 forward passes on each of 4 ranks: 2 found",
+        "  ranks 1 and 3 of 4: told to end (SIGTERM), at train.py:31",
+        "  rank 2 of 4: exit status 1",
+    ]
+    assert "  at   train.py:12\n  on   ranks 1–3 of 4\n  fix  call model.eval()" in text
+    assert text.count("  on   ") == 1  # all have the other
+    checked = dataclasses.replace(of_ranks(), subject="Net")
+    assert "checked 3 layers of Net in 7 batches on each of 4 ranks: 2" in printed(checked)
+    idle = dataclasses.replace(of_ranks(), layers=0)
+    assert "saw no batch norm layer being called on each of 4 ranks\n" in printed(idle)
 
 
 def test_a_rule_that_was_switched_off_has_not_found_nothing():

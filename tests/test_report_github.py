@@ -7,7 +7,7 @@ import pytest
 
 from batchnorm.audit import Severity
 from batchnorm.report import to_github
-from reports import FAILED, HOSTILE, WARNED, hostile, report
+from reports import FAILED, HOSTILE, WARNED, hostile, of_ranks, report
 
 
 def parsed(line: str) -> tuple[str, dict[str, str], str]:
@@ -52,6 +52,17 @@ def test_a_rule_that_was_switched_off_is_a_notice():
     )
 
 
+def test_ranks_that_have_it_and_how_they_ended():
+    commands = [parsed(line) for line in to_github(of_ranks()).splitlines()]
+    assert "\non ranks 1–3 of 4\nfix: " in commands[1][2]
+    assert "\non " not in commands[0][2]
+    ended = {"title": "a rank that did not end well"}
+    assert commands[2:] == [
+        ("notice", ended, "ranks 1 and 3 of 4: told to end (SIGTERM), at train.py:31"),
+        ("notice", ended, "rank 2 of 4: exit status 1"),
+    ]
+
+
 @pytest.mark.parametrize("odd", ["a,b:c=d::e", "100%", "%0A%3A", "α, β", "C:\\x, y\\"])
 def test_every_property_comes_back(odd):
     finding = dataclasses.replace(
@@ -80,7 +91,7 @@ def test_nobody_can_add_a_command():
     text = to_github(it)
     lines = text.split("\n")
     assert lines.pop() == ""
-    assert len(lines) == len(it.findings) + len(it.disabled)
+    assert len(lines) == len(it.findings) + len(it.disabled) + len(it.endings)
     for line in lines:
         assert re.match(r"::(warning|notice) (file|title)=", line)
         assert line.isprintable()

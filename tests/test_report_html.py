@@ -10,7 +10,7 @@ import pytest
 from batchnorm.audit import Distance, LayerProfile, Period, Rule, Severity, find_rule
 from batchnorm.report import html as page
 from batchnorm.report import to_html
-from reports import CODES, FAILED, HOSTILE, WARNED, hostile, measured, report, stale
+from reports import CODES, FAILED, HOSTILE, WARNED, hostile, measured, of_ranks, report, stale
 
 
 class Elements(HTMLParser):
@@ -142,6 +142,16 @@ def test_the_subject_and_the_graph_are_named():
     empty = dataclasses.replace(report(layers=0), subject="model.pt")
     assert "batchnorm found no batch norm layer in model.pt" in text_of(empty)
     assert "Compiled models and other processes are not seen." in text_of(report(layers=0))
+
+
+def test_ranks_that_have_it_and_how_they_ended():
+    text = to_html(of_ranks())
+    assert text.count("<dt>On</dt>") == 1
+    assert "<dd><bdi>ranks 1–3 of 4</bdi></dd>" in text
+    ended = "ranks 1 and 3 of 4: told to end (SIGTERM), at train.py:31"
+    assert f'<p class="note"><bdi>{ended}</bdi>.</p>' in text
+    assert "Measured on one rank of 4." in to_html(dataclasses.replace(measured(), ranks=4))
+    assert "one rank of" not in to_html(measured())
 
 
 def test_somebody_elses_rule_has_no_page():

@@ -19,7 +19,7 @@ from batchnorm.audit import (
 )
 from batchnorm.report import to_json
 from batchnorm.report.json import SCHEMA_VERSION, schema
-from reports import FAILED, WARNED, hostile, measured, report
+from reports import FAILED, WARNED, hostile, measured, of_ranks, report
 
 LISTS = ("modules", "ranks")
 VALIDATOR = Draft202012Validator(schema())
@@ -80,6 +80,19 @@ def test_a_report_comes_back_from_its_json():
     assert Report(findings, **data) == it
 
 
+def test_json_holds_the_ranks():
+    data = json.loads(to_json(of_ranks()))
+    assert data["ranks"] == 4
+    assert [finding["ranks"] for finding in data["findings"]] == [[1, 2, 3], []]
+    assert data["endings"][0] == {
+        "rank": 1,
+        "how": "told to end (SIGTERM)",
+        "place": "train.py:31",
+    }
+    with pytest.raises(ValidationError):
+        VALIDATOR.validate(data | {"ranks": 0})
+
+
 def test_json_ends_its_last_line():
     assert to_json(report()).endswith("}\n")
 
@@ -95,8 +108,8 @@ def test_json_is_valid_where_a_measurement_is_no_number(value):
 
 @pytest.mark.parametrize(
     "it",
-    [report(), report(FAILED, WARNED), measured(), measured(1), hostile()],
-    ids=["nothing", "findings", "measured", "one layer", "hostile"],
+    [report(), report(FAILED, WARNED), measured(), measured(1), hostile(), of_ranks()],
+    ids=["nothing", "findings", "measured", "one layer", "hostile", "ranks"],
 )
 def test_reports_have_the_form_that_the_schema_describes(it):
     VALIDATOR.validate(json.loads(to_json(it)))

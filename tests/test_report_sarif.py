@@ -11,7 +11,7 @@ from jsonschema import Draft4Validator
 from batchnorm import __version__
 from batchnorm.audit import Severity, find_rule
 from batchnorm.report import to_sarif
-from reports import CODES, FAILED, WARNED, hostile, measured, report
+from reports import CODES, FAILED, WARNED, hostile, measured, of_ranks, report
 
 SCHEMA = Path(__file__).parent / "schemas" / "sarif-schema-2.1.0.json"
 VALIDATOR = Draft4Validator(
@@ -120,6 +120,21 @@ def test_a_finding_of_somebody_elses_rule_brings_its_rule():
         "shortDescription": {"text": WARNED.name},
     }
     assert it["results"][0]["ruleIndex"] == len(CODES)
+
+
+def test_ranks_that_have_it_and_how_they_ended():
+    it = run(of_ranks())
+    failed, warned = it["results"]
+    assert warned["properties"]["ranks"] == [1, 2, 3]
+    assert "in 3 forward passes, on ranks 1–3 of 4. Fix: " in warned["message"]["text"]
+    assert failed["properties"]["ranks"] == []
+    assert " on rank" not in failed["message"]["text"]
+    assert it["properties"]["ranks"] == 4
+    told = it["invocations"][0]["toolExecutionNotifications"]
+    assert [note["message"]["text"] for note in told] == [
+        "ranks 1 and 3 of 4: told to end (SIGTERM), at train.py:31",
+        "rank 2 of 4: exit status 1",
+    ]
 
 
 def test_a_rule_that_was_switched_off_is_a_notification():
