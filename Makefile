@@ -49,6 +49,7 @@ bench: .venv/installed  ## Run the benchmarks; nothing else should run meanwhile
 	$(BIN)/python benchmarks/adaptation.py --output benchmarks/adaptation.md
 	$(BIN)/python benchmarks/batch_means.py --output benchmarks/batch_means.md
 	$(BIN)/python benchmarks/sync.py --output benchmarks/sync.md
+	$(BIN)/python benchmarks/faults.py --output benchmarks/faults.md
 	$(BIN)/python docs/synchronization.py
 
 clean:  ## Remove what was installed and cached.
