@@ -151,6 +151,7 @@ def test_a_passing_state_is_nothing():
         assert differing(rank(0, held[0], status=status), rank(1, held[1])) == []
     # models of their own, with weights of their own
     assert differing(rank(0, held[0]), rank(1, replace(held[1], weights="other γ"))) == []
+    assert differing(rank(0, held[0], is_connected=False), rank(1, held[1])) == []
     # parts of a model
     assert differing(rank(0, held[0]), rank(1, replace(held[1], name="Net.bn9"))) == []
 

@@ -21,7 +21,7 @@ from batchnorm.audit.synchronizing import asked
 from batchnorm.audit.update import update
 from batchnorm.models.norms import TorchBatchNorm
 from batchnorm.models.wrapped import unwrapped
-from batchnorm.ranks import caller_of
+from batchnorm.ranks import caller_of, size_of
 from batchnorm.statistics import Sync
 
 __all__ = ["History"]
@@ -47,6 +47,7 @@ class History:
         self._log = SyncLog()
         self._distributed: WeakKeyDictionary[DistributedDataParallel, bool] = WeakKeyDictionary()
         self._broadcast: WeakSet[nn.Module] = WeakSet()  # layers that get rank 0's buffers
+        self._is_connected = False  # to other ranks, by a process group
         self._asking: WeakSet[nn.Module] = WeakSet()  # distributed, of layers that synchronize
 
     def entering(self, model: DistributedDataParallel) -> None:
@@ -86,6 +87,7 @@ class History:
                 if own.passes >= own.due:
                     own.refresh(call)
                     own.is_broadcast = call.layer in self._broadcast
+                    self._is_connected |= size_of(None) > 1
                     call.notes[_NOTE] = own.version, call.running_statistics()
             own.calls += 1
         elif not call.layer.training and call.layer.running_mean is not None:
@@ -172,7 +174,8 @@ class History:
     def view(self, rank: int, status: int | None) -> RankView:
         """What rules that look at all ranks are told of this one."""
         layers = tuple(own.view() for own in self._layers.values())
-        return RankView(rank, layers, self._log.calls(), status)
+        calls = self._log.calls()
+        return RankView(rank, layers, calls, status, is_connected=self._is_connected)
 
     def statistics(self) -> dict[str, Statistics]:
         """By digest, what the layers hold, and what they were last evaluated with."""

@@ -94,6 +94,7 @@ class RankView:
     - `status`: the exit status of its script; None where that had not ended.
     - `is_together`: whether all ranks looked at the same line of their script.
     - `is_evaluating`: whether its whole model is in eval mode.
+    - `is_connected`: whether it had a process group with others.
     """
 
     rank: int
@@ -102,6 +103,7 @@ class RankView:
     status: int | None = 0
     is_together: bool = False
     is_evaluating: bool = False
+    is_connected: bool = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,7 +54,7 @@ class RanksDiffer(Rule):
     others'. Nothing is said of it, unless ranks evaluate the wrapped module itself and so keep
     their own. Where one rank alone evaluates and saves, and the ranks' data are alike, its
     statistics are as good as the others': a small difference at the end is an `info`. Ranks that
-    train models of their own, with other weights, are not compared.
+    train models of their own, with other weights or without a process group, are not compared.
 
     It is a warning from 0.1 standard deviations (or a factor of 1.1 between the standard
     deviations) on in what was evaluated, from 0.5 (or 1.5) on in what was not.
@@ -169,6 +169,8 @@ def _with_one_model(views: Sequence[RankView]) -> list[dict[int, _Model]]:
     """The layers by rank and name of each model on the ranks that have it, with the same γ."""
     groups: list[dict[int, _Model]] = []
     for view in views:
+        if not view.is_connected:
+            continue  # it trains for itself
         models: dict[str, dict[str, LayerView]] = defaultdict(dict)
         for layer in view.layers:
             models["" if view.is_together else layer.path.partition(".")[0]][layer.name] = layer
