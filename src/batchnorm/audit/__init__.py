@@ -3,7 +3,7 @@
 from batchnorm.audit.check import audit, check
 from batchnorm.audit.checkpoint import SUFFIXES, checkpoints_at, read_checkpoint
 from batchnorm.audit.distance import Distance
-from batchnorm.audit.finding import Finding, Report, Severity
+from batchnorm.audit.finding import Ending, Finding, Report, Severity
 from batchnorm.audit.gathering import NoBatchesError, label_loss
 from batchnorm.audit.noise import Noise
 from batchnorm.audit.onnx_file import read_onnx
@@ -21,6 +21,7 @@ __all__ = [
     "RULES",
     "SUFFIXES",
     "Distance",
+    "Ending",
     "Finding",
     "GradientNorm",
     "Graph",
