@@ -153,6 +153,18 @@ def test_a_buffer_that_is_no_more_is_neither_kept_alive_nor_taken_for_another(st
     assert again.tolist() == [0] * 3
 
 
+def test_of_models_that_come_and_go_nothing_is_left(step):
+    buffer, gone = torch.zeros(3), [torch.zeros(3) for _ in range(100)]
+    for each in (buffer, *gone):
+        moved(step, each)
+    del gone, each
+    step._room = 100
+    moved(step, other := torch.zeros(3))
+    assert len(step._kept) == 2
+    assert step.undo() == 2
+    assert buffer.tolist() == other.tolist() == [0] * 3
+
+
 def test_of_a_buffer_in_two_layers_the_first_write_counts(step):
     shared, counter = torch.zeros(1), torch.zeros(1)
     moved(step, shared)

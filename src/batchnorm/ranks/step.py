@@ -14,6 +14,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 __all__ = ["Step", "step", "undo_step"]
 
 
+_ROOM = 1024  # layers of which something is kept before those that are no more are looked for
+
+
 @dataclass(frozen=True)
 class _Kept:
     """What a layer's buffers held before it wrote to them.
@@ -25,6 +28,11 @@ class _Kept:
     before: tuple[tuple[ref[Tensor], Tensor], ...]
     passes: WeakSet[object] = field(default_factory=WeakSet)
     is_old: bool = False
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is a buffer to put back."""
+        return any(buffer() is not None for buffer, _ in self.before)
 
     def is_of(self, buffers: Sequence[Tensor]) -> bool:
         """Whether it is of these, and not of some that are no more and had their numbers."""
@@ -42,6 +50,7 @@ class Step:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[int, ...], _Kept] = {}
+        self._room = _ROOM
         self._waiting: WeakSet[object] = WeakSet()  # forward passes that are to go backward
         self._asking: ref[object] | None = None
         self._went_back = False
@@ -72,6 +81,9 @@ class Step:
         if kept is None or kept.is_old or not kept.is_of(held):
             kept = _Kept(tuple((ref(buffer), buffer.detach().clone()) for buffer in held))
             self._kept[numbers] = kept
+            if len(self._kept) > self._room:  # models come and go, and nothing ends the step
+                self._kept = {n: k for n, k in self._kept.items() if k.is_alive}
+                self._room = max(_ROOM, 2 * len(self._kept))
         asking = None if self._asking is None else self._asking()
         if asking is not None:
             kept.passes.add(asking)
