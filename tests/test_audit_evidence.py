@@ -129,6 +129,19 @@ def test_batches_come_as_people_have_them(seeded, wrap):
     assert evidence.companions < 1e-5
 
 
+def test_of_a_sharded_model_no_pass_is_made_that_other_ranks_may_not_make(seeded, monkeypatch):
+    passes = []
+
+    def forward(model, batch):
+        passes.append(len(batch))
+        return model(batch)
+
+    monkeypatch.setattr("batchnorm.audit.gathering.is_sharded", lambda model: True)
+    evidence = gather(Net(), images(), forward)
+    assert (evidence.companions, evidence.leakage) == (None, None)
+    assert passes == [len(batch) for batch in images()]
+
+
 def test_a_forward_of_one_s_own(seeded):
     batches = [{"x": x, "label": 3} for x in images()]
     evidence = gather(Net(), batches, lambda model, batch: model(batch["x"], shift=1.0))

@@ -21,7 +21,7 @@ from batchnorm.audit.evidence import Evidence, LayerEvidence, Losses, Origin
 from batchnorm.audit.features import features
 from batchnorm.audit.leakage import leakage
 from batchnorm.audit.profile import GradientNorm
-from batchnorm.audit.synchronizing import ask_nobody
+from batchnorm.audit.synchronizing import ask_nobody, is_sharded
 from batchnorm.models.calling import (
     Forward,
     call,
@@ -67,7 +67,8 @@ def gather(
     stay there. Modes, buffers, random state and gradients are put back, also
     where the model raises. With a loss, the batches are run in eval mode too, and some of them
     backward; those of `deploy` are run in eval mode. Where layers synchronize, all of their ranks
-    must call this, with as many batches each.
+    must call this, with as many batches each. Of a model of which ranks hold a part each, nothing
+    is tried that asks for passes of one rank alone: companions and leakage are not known.
 
     Raises what the model raises, and `ValueError` where there are no batches.
     """
@@ -89,11 +90,12 @@ def gather(
             layers.mask = None if mask is None else mask(batch)
             with layers.watched(layers.note), _given(model, layers.note_samples):
                 trained.append(_lost(loss, forward(model, batch), batch))
-    with left_as_it_was(model):
-        evidence.companions = _companions(model.eval(), batches[0], forward)
-    with left_as_it_was(model):
-        ask_nobody(model)  # what is tried depends on the data, which is not the same on all ranks
-        evidence.leakage = leakage(model, batches[0], forward)
+    if not is_sharded(model):  # what is tried depends on the data, which ranks have their own of
+        with left_as_it_was(model):
+            evidence.companions = _companions(model.eval(), batches[0], forward)
+        with left_as_it_was(model):
+            ask_nobody(model)
+            evidence.leakage = leakage(model, batches[0], forward)
     if loss is not None:
         with left_as_it_was(model):
             model.eval()
