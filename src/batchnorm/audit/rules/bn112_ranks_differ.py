@@ -214,11 +214,10 @@ def _farthest(each: Disagreement, statistics: Mapping[str, Statistics]) -> _Apar
         ranks.setdefault(digest, rank)
     first, second = list(ranks.values())[:2]
     farthest = _Apart(each.path, (first, second))
-    for one, other in combinations(ranks, 2):
-        if one in statistics and other in statistics:
-            shift, stretch = apart(statistics[one], statistics[other], each.eps)
-            size = max(shift, stretch)
-            if size > farthest.size:
-                pair = ranks[one], ranks[other]
-                farthest = _Apart(each.path, pair, shift, math.exp(stretch), size)
+    for one, other in combinations([digest for digest in ranks if digest in statistics], 2):
+        shift, stretch = apart(statistics[one], statistics[other], each.eps)
+        size = max(shift, stretch)
+        if size > farthest.size:
+            pair = ranks[one], ranks[other]
+            farthest = _Apart(each.path, pair, shift, math.exp(stretch), size)
     return farthest
