@@ -66,8 +66,8 @@ def fitted(name: str, backend: Backend, measured: Sequence[tuple[Traffic, float]
     """
     if len({traffic.messages / traffic.collectives for traffic, _ in measured}) < 2:
         raise ValueError(
-            "collectives of one group size do not tell α from λ; measure two sizes, so three "
-            "processes at least"
+            "collectives of one group size do not tell α from λ; measure two sizes: start four "
+            "processes or more, and not a prime number of them"
         )
     rows = [
         [traffic.collectives / took, traffic.messages / took, traffic.bytes / took]
@@ -92,9 +92,9 @@ def fitted(name: str, backend: Backend, measured: Sequence[tuple[Traffic, float]
 LOOPBACK = Network(
     "gloo over loopback, 2 to 8 processes on 2 cores of an AMD EPYC (benchmarks/sync.md)",
     "gloo",
-    collective=3.45e-3,
-    message=31.6e-6,
-    byte=3.22e-9,
+    collective=1.55e-3,
+    message=138e-6,
+    byte=1.62e-9,
 )
 """What benchmarks/sync.py measured and wrote into benchmarks/sync.json."""
 

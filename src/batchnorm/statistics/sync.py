@@ -107,9 +107,11 @@ class Sync(Statistics):
         """The ranks that share statistics; None for the default group."""
         return self.group if self.neighbours is None else _neighbours(self.neighbours)
 
-    def of(self, layer: nn.Module) -> Sync:
-        """The policy, telling the other ranks which layer asks."""
-        return self if torch.compiler.is_compiling() else replace(self, caller=caller_of(layer))
+    def of(self, layer: nn.Module) -> Statistics:
+        """The policy, telling the other ranks which layer asks; alone, what needs none."""
+        if torch.compiler.is_compiling():
+            return self
+        return self._alone() if self.size == 1 else replace(self, caller=caller_of(layer))
 
     def normalize(
         self,
@@ -122,7 +124,7 @@ class Sync(Statistics):
         """Normalize by all ranks' moments, which the running statistics take up."""
         peers = self._peers()
         if peers is None or x.shape[1] == 0:
-            return (self.slices or Batch()).normalize(x, weight, bias, running, **options)
+            return self._alone().normalize(x, weight, bias, running, **options)
         if self.slices is None:
             y, batch = synchronized_batch_norm(x, weight, bias, peers=peers, **options)
             _check_has_variance(x, batch, self)
@@ -161,6 +163,10 @@ class Sync(Statistics):
             )
         return Sync, (None, self.slices, self.neighbours)
 
+    def _alone(self) -> Statistics:
+        """What it is in a world of one."""
+        return self.slices or _BATCH
+
     def _peers(self) -> Peers | GraphPeers | None:
         """The ranks to ask; None where this one is alone."""
         if self.size == 1:
@@ -172,6 +178,8 @@ class Sync(Statistics):
         assert named is not None
         return GraphPeers(named.group_name, dist.get_world_size(group), dist.get_rank(group))
 
+
+_BATCH = Batch()
 
 _groups: WeakKeyDictionary[dist.ProcessGroup, dict[int, dist.ProcessGroup]] = WeakKeyDictionary()
 
