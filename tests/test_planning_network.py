@@ -3,6 +3,7 @@ import math
 import pytest
 
 from batchnorm.planning import INFINIBAND, LOOPBACK, NVLINK, Network, measure_network
+from batchnorm.planning.measuring import _sizes
 from batchnorm.planning.network import fitted
 from batchnorm.planning.traffic import Traffic, backward, forward
 
@@ -66,6 +67,13 @@ def test_one_group_size_tells_no_collective_from_a_message():
 def test_what_is_no_time_is_refused(number):
     with pytest.raises(ValueError, match="seconds a message are a number from 0 up, got"):
         Network("", "gloo", 1e-6, number, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("world", "sizes"), [(4, [2, 4]), (6, [2, 6]), (9, [3, 9]), (15, [3, 5, 15]), (7, [7])]
+)
+def test_two_sizes_of_groups_are_measured_where_there_are_two(world, sizes):
+    assert _sizes(world) == sizes
 
 
 def test_without_processes_there_is_no_network_to_measure():

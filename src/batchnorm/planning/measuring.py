@@ -42,7 +42,8 @@ def measure_network(*, rounds: int = 9) -> Network:
 
     Layers of 1 to 16,384 channels and few samples are timed, synchronized in groups of
     neighbouring ranks and not synchronized, forward and backward. Groups are of each size that
-    divides the world and is a power of two, and the whole world. `Network` is fitted to the
+    divides the world and is a power of two, and the whole world; of all that divide it, where it
+    is odd. `Network` is fitted to the
     differences, medians of the slowest rank: what a collective takes where a layer asks for it,
     which is more than where one follows the other. All ranks must call this, with
     nothing else running; all get the same.
@@ -62,8 +63,7 @@ def measure_layers(*, rounds: int = 9, sizes: Sequence[int] = ()) -> list[Timing
     """
     device = "cpu" if _backend() == "gloo" else f"cuda:{torch.cuda.current_device()}"
     world = dist.get_world_size()
-    if not sizes:
-        sizes = [k for k in range(2, world + 1) if world % k == 0 and _is_usual(k, world)]
+    sizes = sizes or _sizes(world)
     plain = {channels: _pass(Batch(), channels, device) for channels in CHANNELS}
     work = {
         (k, channels): (_pass(Sync.groups_of(k), channels, device), plain[channels])
@@ -99,9 +99,10 @@ def _seconds(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def _is_usual(k: int, world: int) -> bool:
-    """Whether groups of k are measured: a power of two, or all."""
-    return k & (k - 1) == 0 or k == world
+def _sizes(world: int) -> list[int]:
+    """Of the groups that are measured."""
+    sizes = [k for k in range(2, world + 1) if world % k == 0]
+    return [k for k in sizes if k & (k - 1) == 0 or k == world] if world % 2 == 0 else sizes
 
 
 def _backend() -> Backend:
