@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from batchnorm.audit.finding import Ending, Finding, Report
@@ -56,20 +56,31 @@ def merged(
     )
 
 
+_KIND = ("code", "severity", "place", "is_guess")
+
+
 @dataclass
 class _Told:
     """Findings that are one: by the rank that has each."""
 
-    by: dict[int, Finding]
+    by: dict[int, Finding] = field(default_factory=dict)
+    words: set[str] = field(default_factory=set)  # sets, for there may be thousands of ranks
+    modules: set[str] = field(default_factory=set)
+    lists: set[tuple[str, ...]] = field(default_factory=set)
+
+    def add(self, rank: int, finding: Finding) -> None:
+        """Another rank's finding."""
+        self.by[rank] = finding
+        self.words.add(repr(finding))
+        self.modules.update(finding.modules)
+        self.lists.add(finding.modules)
 
     def is_of(self, finding: Finding) -> bool:
         """Whether another rank's finding is the same one, seen from there."""
-        return any(
-            (finding.code, finding.severity, finding.place, finding.is_guess)
-            == (own.code, own.severity, own.place, own.is_guess)
-            and (not set(finding.modules).isdisjoint(own.modules) or finding.modules == own.modules)
-            for own in self.by.values()
-        )
+        own = next(iter(self.by.values()))
+        if any(getattr(finding, name) != getattr(own, name) for name in _KIND):
+            return False
+        return finding.modules in self.lists or not self.modules.isdisjoint(finding.modules)
 
     def finding(self, ranks: Iterable[int]) -> Finding:
         """The one that names most layers, with the ranks that have it if not all do."""
@@ -84,16 +95,15 @@ def _told_once(reports: Mapping[int, Report]) -> list[Finding]:
         # a finding that another has to the word is that one before it is one that resembles it
         rest = []
         for finding in report.findings:
-            same = (t for t in told if rank not in t.by and finding in t.by.values())
-            one = next(same, None)
+            words = repr(finding)
+            one = next((t for t in told if rank not in t.by and words in t.words), None)
             if one is None:
                 rest.append(finding)
             else:
-                one.by[rank] = finding
+                one.add(rank, finding)
         for finding in rest:
             one = next((t for t in told if rank not in t.by and t.is_of(finding)), None)
             if one is None:
-                told.append(_Told({rank: finding}))
-            else:
-                one.by[rank] = finding
+                told.append(one := _Told())
+            one.add(rank, finding)
     return [one.finding(sorted(reports)) for one in told]
