@@ -123,7 +123,7 @@ def test_a_note_comes_back_without_what_one_rank_tells():
         sent = dataclasses.replace(sent, findings=(*sent.findings, finding))
         came = unpacked(packed(Note(view(), sent, "train.py:3")))
         assert (came.view, came.place) == (view(), "train.py:3")
-        bare = dataclasses.replace(sent, profiles=(), timeline=())
+        bare = dataclasses.replace(sent, profiles=(), timeline=(), endings=())
         assert repr(came.report) == repr(bare)  # NaN is not itself
 
 

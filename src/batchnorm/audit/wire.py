@@ -25,7 +25,7 @@ MOST_MODULES = 200  # of a finding
 class Note:
     """What a rank tells when it has ended.
 
-    - `report`: without measurements and timeline, which are told of one rank.
+    - `report`: without measurements, timeline and endings, which one rank tells.
     - `place`: `file:line` where it stood when it was told to end.
     """
 
@@ -36,7 +36,7 @@ class Note:
 
 def packed(note: Note) -> bytes:
     """JSON, compressed; of very much, the worst findings without the layers."""
-    report = dataclasses.replace(note.report, profiles=(), timeline=())
+    report = dataclasses.replace(note.report, profiles=(), timeline=(), endings=())
     data = _compressed(dataclasses.replace(note, report=report))
     if len(data) <= LARGEST:
         return data
