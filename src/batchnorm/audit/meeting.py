@@ -12,13 +12,19 @@ from batchnorm.audit.rank_view import RankViews, Statistics
 from batchnorm.audit.rules import RULES
 from batchnorm.audit.rules.bn112_ranks_differ import disagreements
 from batchnorm.audit.selection import Selection
-from batchnorm.audit.wire import Note, packed, packed_statistics, unpacked, unpacked_statistics
+from batchnorm.audit.wire import (
+    TELLING,
+    Note,
+    packed,
+    packed_statistics,
+    unpacked,
+    unpacked_statistics,
+)
 from batchnorm.ranks.store import Board, Patience
 
 __all__ = ["GRACE", "Meeting"]
 
 GRACE = 5.0  # seconds that a rank waits for the others when the run has failed
-TELLING = 16  # ranks that tell their statistics whole: one server holds them all
 
 _NOTE, _STATISTICS, _REPORT, _PROCESS = "note", "statistics", "report", "process"
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.models.wrapped import unwrapped
+from batchnorm.ranks.naming import WRAPPERS
 
 __all__ = [
     "Calls",
@@ -143,11 +144,10 @@ def name_of(root: nn.Module, path: str) -> str:
     """A layer's name, of its path in a model that ranks may have wrapped: `ResNet.layer1.0.bn1`."""
     _, *parts = path.split(".")
     inner = type(unwrapped(root)).__name__
-    return ".".join([inner, *(part for part in parts if part not in _WRAPPERS)])
+    return ".".join([inner, *(part for part in parts if part not in WRAPPERS)])
 
 
 # what DistributedDataParallel, torch.compile and FSDP put between a model and its parts
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def sequences_of(views: Sequence[RankView], group: tuple[str, tuple[int, ...]]) -> dict[int, Calls]:

@@ -31,7 +31,14 @@ from batchnorm.audit.rules.bn112_ranks_differ import disagreements
 from batchnorm.audit.selection import Selection
 from batchnorm.audit.sync_log import SyncLog
 from batchnorm.audit.synchronizing import asked, is_sharded, keep_apart, ranks_of
-from batchnorm.audit.wire import Note, packed, packed_statistics, unpacked, unpacked_statistics
+from batchnorm.audit.wire import (
+    TELLING,
+    Note,
+    packed,
+    packed_statistics,
+    unpacked,
+    unpacked_statistics,
+)
 from batchnorm.models.calling import Forward, call, set_training
 from batchnorm.models.norms import TorchBatchNorm, batch_norms
 from batchnorm.models.snapshot import left_as_it_was
@@ -41,7 +48,6 @@ from batchnorm.statistics import Sync
 
 __all__ = ["audit_together", "refuse_to_wait"]
 
-TELLING = 16  # ranks that tell their statistics whole
 
 Look = Callable[[list[Any] | None], Report]
 """What one rank finds with some batches, or with none."""
@@ -97,10 +103,11 @@ def audit_together(
     # one that runs its batches slowly is waited for: it has come, and the group has a limit
     notes = _meet(board, "end", _limit(group, wait), end)
     report = None
-    if board.rank == 0:
-        reports = {note.view.rank: note.report for note in notes} | {views[0].rank: found[0]}
-        views_of_all = RankViews(len(views), views, _told(board, needed))
-        report = merged(reports, views[0].rank, views_of_all, rules, selection)
+    with ranks.together():
+        if board.rank == 0:
+            reports = {note.view.rank: note.report for note in notes} | {views[0].rank: found[0]}
+            views_of_all = RankViews(len(views), views, _told(board, needed))
+            report = merged(reports, views[0].rank, views_of_all, rules, selection)
     report = ranks.gather(report)[0]
     assert report is not None
     return report

@@ -15,10 +15,11 @@ from batchnorm.audit.finding import Finding, Report, Severity
 from batchnorm.audit.rank_view import Calls, LayerView, RankView, Statistics
 from batchnorm.ranks.store import LARGEST
 
-__all__ = ["Note", "packed", "packed_statistics", "unpacked", "unpacked_statistics"]
+__all__ = ["TELLING", "Note", "packed", "packed_statistics", "unpacked", "unpacked_statistics"]
 
 MOST_FINDINGS = 200
 MOST_MODULES = 200  # of a finding
+TELLING = 16  # ranks that tell their statistics whole: one server holds them all
 
 
 @dataclasses.dataclass(frozen=True)

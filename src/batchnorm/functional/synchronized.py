@@ -38,7 +38,8 @@ def synchronized_batch_norm(
     that of one process.
 
     One collective forward, of 2c + 1 numbers, and one backward, of 2c. All ranks of the group
-    must call this, and go backward, in the same order.
+    must call this, and go backward, in the same order; that another layer of c channels goes
+    backward is not noticed. For second derivatives x needs gradients on all ranks or on none.
 
     - `peers`: the ranks, `batchnorm.ranks.Peers(group)`.
     - Other arguments and errors are those of `batch_norm`.

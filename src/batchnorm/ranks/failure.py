@@ -28,7 +28,8 @@ _failures: Counter[str] = Counter()  # by group: notes of an earlier failure are
 class SyncError(RuntimeError):
     """Synchronized statistics could not be computed: a rank was missing, or in another layer.
 
-    The message names the layer, the ranks, and the likely cause. The running statistics are
+    The message names the layer, the ranks, and the likely cause. (NCCL, whose collectives nobody
+    waits for, ends the process instead, and layers mixed up become NaN.) The running statistics are
     those of the last complete step, see `undo_step`; the process group should not be used again.
     From a region that torch.compile has compiled, the backend's own error comes instead.
     """

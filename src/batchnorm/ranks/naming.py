@@ -10,10 +10,10 @@ from zlib import crc32
 
 from torch import nn
 
-__all__ = ["UNKNOWN", "Caller", "caller_of"]
+__all__ = ["UNKNOWN", "WRAPPERS", "Caller", "caller_of"]
 
 # what DistributedDataParallel, torch.compile and FSDP put between a model and its parts
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _TAGS = 2**20
 
 
@@ -56,8 +56,8 @@ def _running_modules() -> Iterator[nn.Module]:
 
 
 def _named(root: nn.Module, path: str) -> Caller:
-    parts = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
-    while len(root._modules) == 1 and next(iter(root._modules)) in _WRAPPERS:
+    parts = ".".join(part for part in path.split(".") if part not in WRAPPERS)
+    while len(root._modules) == 1 and next(iter(root._modules)) in WRAPPERS:
         (wrapped,) = root._modules.values()
         if wrapped is None:
             break

@@ -148,8 +148,8 @@ def undo_step() -> None:
 
     A step is all forward and backward passes since an optimizer's last step, with gradient
     accumulation several, and passes without gradients too. After an optimizer's step there is
-    nothing to put back. Where no optimizer of `torch.optim` steps in eager mode, the first forward
-    pass after a backward pass begins the next step.
+    nothing to put back. Where no optimizer of `torch.optim` ever steps in this process in eager
+    mode, the first forward pass after a backward pass begins the next step.
 
     Ranks may differ by one step: what one rank completed may have failed on another. Layers in a
     region that torch.compile has compiled are not put back.

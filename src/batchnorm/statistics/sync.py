@@ -35,7 +35,7 @@ class Sync(Statistics):
     Outputs, gradients (summed over the ranks, which DistributedDataParallel averages), running
     statistics and counter are those of one process with the concatenated batch. Ranks may have
     any number of samples, none included; one value per channel in all of them together is an
-    error. Works with gloo on the CPU and NCCL on GPUs, and inside torch.compile.
+    error. Works inside torch.compile too. NCCL on GPUs has not been tried.
 
     A training step costs one collective forward, of 2c + 1 numbers, and one backward, of 2c, for
     each layer; inference costs none, nor does a world of one rank, or one where
@@ -48,8 +48,11 @@ class Sync(Statistics):
     - `neighbours`: see `groups_of`.
 
     All ranks of a group must call the layer in training mode equally often, and in the same
-    order as other layers. Where one does not, or dies, the others raise `SyncError`, at the
-    latest after the group's time limit.
+    order as other layers, and go backward through the same ones. Where one does not, or dies, the
+    others raise `SyncError` on gloo, at the latest after the group's time limit; NCCL ends the
+    process. Backward passes through different layers of one width are not noticed. Where
+    DistributedDataParallel reduces gradients in an order that differs between ranks, as
+    `find_unused_parameters=True` may, give a group of its own, `Sync(dist.new_group())`.
 
     Raises `TypeError` for a `group` that is no process group, or `slices` that are no `Ghost`;
     `ValueError` for both `group` and `neighbours`.
@@ -97,14 +100,27 @@ class Sync(Statistics):
 
     @property
     def size(self) -> int:
-        """How many ranks share statistics now."""
-        if size_of(None) == 1:
-            return 1
-        return size_of(self.process_group)
+        """How many ranks share statistics now.
+
+        Raises `RuntimeError` where there is a group, and torch.distributed is not initialized any
+        more.
+        """
+        world = size_of(None)
+        if self.group is None:
+            return world if self.neighbours is None else min(world, self.neighbours)
+        if not dist.is_initialized():
+            raise RuntimeError(
+                "Sync(group) was given a process group that has been destroyed; make the layer's "
+                "policy anew, or use eval() for inference"
+            )
+        return size_of(self.group)
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """The ranks that share statistics; None for the default group."""
+        """The ranks that share statistics; None for the default group.
+
+        Neighbours' groups are made where they are not there yet, by all ranks together.
+        """
         return self.group if self.neighbours is None else _neighbours(self.neighbours)
 
     def of(self, layer: nn.Module) -> Statistics:

@@ -23,8 +23,8 @@ class RanksOutOfStep(Rule):
 
     In training mode each call of such a layer is a collective: it waits until every rank has come
     to the same one. Where a rank leaves one out, the others wait for it until their time limit,
-    half an hour by default, and the run is lost; or they take the numbers of another layer for
-    its own, and nobody is told.
+    half an hour by default on gloo, and the run is lost; or they take the numbers of another
+    layer for its own, and nobody is told.
 
     ## Example
 

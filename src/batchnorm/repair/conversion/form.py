@@ -72,9 +72,11 @@ class Form:
         """A copy in the same ranks: a process group exists once, and cannot be copied."""
         group = self.settings.get("process_group")
         memo[id(group)] = group
-        return Form(
+        copy = Form(
             **{each.name: deepcopy(getattr(self, each.name), memo) for each in fields(self)}
         )
+        memo[id(self)] = copy
+        return copy
 
     def with_what(self, now: Form) -> Form:
         """The form with the tensors and the common settings that the module has now.

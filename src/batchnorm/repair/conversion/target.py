@@ -65,7 +65,7 @@ def _ours(source: Source, options: Options) -> Plan:
     """This library's layer, with the policy that is asked for, or that it has or had."""
     statistics = options.statistics
     if statistics is None and source.base is nn.SyncBatchNorm:
-        statistics = _shared(source)  # and goes on to
+        statistics = _shared(source)  # as it did before
     kind = source.form.kind
     if not source.is_ours:
         kind = _kind_of(source, LAZY_OURS if source.is_lazy else OURS)

@@ -118,8 +118,8 @@ def _total(mine: Sums, peers: Peers) -> Sums:
     Autograd's order depends on how many nodes each thread has made, which may differ between
     ranks: so the layer's tag goes with the sums, and Σt² = (Σt)²/ranks only where all are alike.
     """
-    tag = mine.total.new_tensor([peers.caller.tag, peers.caller.tag**2, 1])
-    total = peers.total(torch.cat((*mine, tag)))
+    tags = [mine.total.new_full((1,), peers.caller.tag**power) for power in (1, 2, 0)]
+    total = peers.total(torch.cat((*mine, *tags)))
     of_tags, of_squares, ranks = total[-3:]
     differs = of_tags.square() != of_squares * ranks
     if total.device.type == "cpu":
