@@ -414,6 +414,8 @@ def test_two_ranks_ask_each_other_and_train_as_one():
 
 
 def _groups(rank, world):
+    with mock.patch.object(dist, "new_subgroups", side_effect=AssertionError):
+        assert Sync(neighbours=2).size == 2  # one rank may ask alone
     policy = Sync.groups_of(2)
     assert policy.size == 2
     assert policy.process_group is Sync.groups_of(2).process_group
@@ -430,6 +432,11 @@ def _groups(rank, world):
     with pytest.raises(ValueError, match=r"groups_of\(3\) needs a number of ranks that 3 divides"):
         Sync.groups_of(3)
     assert Sync.groups_of(8).size == 4
+    mine = BatchNorm1d(3, statistics=Sync(policy.process_group))
+    with mock.patch.object(dist, "is_initialized", return_value=False):
+        with pytest.raises(RuntimeError, match="a process group that has been destroyed"):
+            mine(torch.randn(4, 3))
+        mine.eval()(torch.randn(4, 3))
 
 
 def test_neighbours_synchronize_among_themselves():
