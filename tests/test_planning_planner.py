@@ -131,7 +131,7 @@ def test_a_plan_prints_groups_an_answer_and_the_network():
     ) in lines
     assert lines[-1].startswith(
         "Times are of my network: 100 µs a collective, 10 µs a message, 1 GB/s. Measure yours: "
-        "torchrun … -m batchnorm plan --measure."
+        "torchrun --nproc-per-node 4 -m batchnorm plan --measure."
     )
 
 

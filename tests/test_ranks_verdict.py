@@ -9,7 +9,10 @@ FORWARD, NEXT, BACKWARD = (
     "the forward of Net.bn2",
     "the backward of Net.bn1",
 )
-DIED = "died, was killed, ended before the others, or raised an error of its own; its log tells"
+DIED = (
+    "died, was killed, or raised an error of its own, which its log tells; or it ended before the "
+    "others, out of batches or in eval mode"
+)
 
 
 def verdict(mine, theirs, ranks=4, me=0, **known):
@@ -85,3 +88,9 @@ def test_what_the_backend_refuses_is_told_in_its_words():
     assert verdict(refused, {}) == refused.words
     said = verdict(Note(FORWARD, Saw.LATE), {1: refused})
     assert said == f"on rank 1, {refused.words}"
+
+
+def test_a_layer_of_another_width_on_another_rank_is_told():
+    mixed = Note(FORWARD, Saw.MIXED)
+    said = verdict(mixed, {1: mixed}, ranks=2, others=(1,))
+    assert said.startswith("rank 1 sent another width of it. The ranks' models differ, or one")

@@ -89,15 +89,15 @@ def test_the_terminal_says_what_was_checked():
 def test_the_terminal_says_which_ranks_have_it_and_how_they_ended():
     text = printed(of_ranks(), width=60)
     assert text.splitlines()[1:4] == [
-        "batchnorm watched 3 layers in 7 forward passes on each of 4 ranks: 2 found",
+        "batchnorm watched 3 layers in 7 forward passes on the rank that reports, of 4: 2 found",
         "  ranks 1 and 3 of 4: told to end (SIGTERM), at train.py:31",
         "  rank 2 of 4: exit status 1",
     ]
     assert "  at   train.py:12\n  on   ranks 1–3 of 4\n  fix  call model.eval()" in text
     assert text.count("  on   ") == 1  # all have the other
-    checked = dataclasses.replace(of_ranks(), subject="Net")
+    checked = dataclasses.replace(of_ranks(), subject="Net", endings=())
     assert "checked 3 layers of Net in 7 batches on each of 4 ranks: 2" in printed(checked)
-    idle = dataclasses.replace(of_ranks(), layers=0)
+    idle = dataclasses.replace(of_ranks(), layers=0, endings=())
     assert "saw no batch norm layer being called on each of 4 ranks\n" in printed(idle)
 
 

@@ -192,7 +192,7 @@ def _named(errors, where, told, ranks="0 to 2"):
         assert re.search("The running statistics are those of the last compl", error["message"])
 
 
-GONE = rf"rank {BAD} is gone\. It died, was killed, ended before the others, or raised an error"
+GONE = rf"rank {BAD} is gone\. It died, was killed, or raised an error of its own"
 ABSENT = rf"rank {BAD} did not come within the group's time limit\. It may "
 TOO_LATE = "came later than the group's time limit allows"
 

@@ -199,5 +199,6 @@ def _network(plan: Plan) -> str:
     return (
         f"Times are of {network.name}: {_micro(network.collective)} µs a collective, "
         f"{_micro(network.message)} µs a message, {network.bandwidth / 1e9:.3g} GB/s. Measure "
-        "yours: torchrun … -m batchnorm plan --measure. Waiting for a slower rank comes on top."
+        "yours: torchrun --nproc-per-node 4 -m batchnorm plan --measure. Waiting for a slower rank "
+        "comes on top."
     )

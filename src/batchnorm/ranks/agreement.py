@@ -39,13 +39,19 @@ class Ranks:
     def gather(self, mine: _T) -> list[_T]:
         """What every rank has, in the order of the ranks; all of them must call this.
 
-        Raises `RuntimeError` where another rank failed.
+        Raises `RuntimeError` where another rank failed, or does not come.
         """
         if self._size == 1:
             return [mine]
         everyone: list[Any] = [None] * self._size
         self._awaited = False  # should this raise
-        dist.all_gather_object(everyone, mine, group=self._group)
+        try:
+            dist.all_gather_object(everyone, mine, group=self._group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} of {self._size} waited for the others in vain: all ranks of the "
+                f"group must make this call, and be alive ({str(error).splitlines()[0]})"
+            ) from error
         for rank, theirs in enumerate(everyone):
             if isinstance(theirs, _Failure) and rank != self.rank:
                 raise RuntimeError(f"rank {rank} of {self._size} failed with {theirs.error}")

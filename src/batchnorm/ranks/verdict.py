@@ -64,7 +64,8 @@ class Evidence(NamedTuple):
         elsewhere += [rank for rank in self.others if rank not in self.notes]
         missing = [rank for rank in self.ranks if rank not in self.notes]
         if self.others or (elsewhere and not missing):
-            return f"{self._places(elsewhere)}. {_elsewhere(mine)}"
+            there = self._places(elsewhere) or f"{_ranks(self.others)} sent another width of it"
+            return f"{there}. {_elsewhere(mine)}"
         if not missing:
             return self._all_came()
         also = f"; {self._places(elsewhere)}" if elsewhere else ""
@@ -134,8 +135,8 @@ def _gone(missing: Sequence[int], me: int, answered: bool) -> str:
 def _why_gone(missing: Sequence[int]) -> str:
     it = "It" if len(missing) == 1 else "One of them"
     return (
-        f"{it} died, was killed, ended before the others, or raised an error of its own; its log "
-        "tells"
+        f"{it} died, was killed, or raised an error of its own, which its log tells; or it ended "
+        "before the others, out of batches or in eval mode"
     )
 
 

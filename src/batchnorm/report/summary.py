@@ -34,7 +34,11 @@ def headline(report: Report) -> str:
 
 
 def _each(report: Report) -> str:
-    return f" on each of {report.ranks} ranks" if report.ranks > 1 else ""
+    if report.ranks <= 1:
+        return ""
+    if report.endings:  # they were not alike to the end
+        return f" on the rank that reports, of {report.ranks}"
+    return f" on each of {report.ranks} ranks"
 
 
 def on_ranks(finding: Finding, report: Report) -> str | None:

@@ -76,7 +76,7 @@ class Sync(Statistics):
                 f"Sync(slices=...) needs slices of a rank's batch, Ghost(size), got {self.slices!r}"
             )
         if self.neighbours is not None:
-            if not isinstance(self.neighbours, int) or self.neighbours < 1:
+            if type(self.neighbours) is not int or self.neighbours < 1:
                 raise ValueError(
                     f"Sync.groups_of(k) needs a whole number of ranks from 1 on, got "
                     f"{self.neighbours!r}"
