@@ -1,0 +1,1 @@
+"""The laboratory: what is said of batch normalization, measured on real data."""
