@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from batchnorm.audit import Finding, Report, Severity
-from batchnorm.cli.files import example, write_atomically
+from batchnorm.cli.examples import example
 from batchnorm.report import FORMS, print_report
+from batchnorm.report.files import write_atomically
 from reports import FAILED, HOSTILE, WARNED, hostile, of_ranks, report, stale
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from batchnorm.audit import RULES, find_rule
 from batchnorm.audit.place import displayed
 from batchnorm.cli.checking import check
-from batchnorm.cli.files import example
+from batchnorm.cli.examples import example
 from batchnorm.cli.options import (
     Form,
     FormOption,

@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 
 from batchnorm.audit import Report
-from batchnorm.cli.files import write_atomically
 from batchnorm.cli.options import Form
 from batchnorm.report import FORMS, print_report, to_github
+from batchnorm.report.files import write_atomically
 
 __all__ = ["BAD_INPUT", "check_output", "complain", "print_in_form", "refuse", "write_report"]
 

@@ -17,12 +17,12 @@ from torch import nn
 
 from batchnorm.audit.gathering import LIMIT
 from batchnorm.audit.rules.bn110_noisy_statistics import LARGEST
-from batchnorm.cli.files import write_atomically
 from batchnorm.cli.model import in_one_line, input_like, load_batches, load_module, shape_of
 from batchnorm.cli.output import check_output, refuse
 from batchnorm.models.calling import call
 from batchnorm.planning import INFINIBAND, LOOPBACK, Network, Plan, measure_network
 from batchnorm.planning import plan as planned
+from batchnorm.report.files import write_atomically
 from batchnorm.report.json import finite
 
 __all__ = ["plan"]

@@ -16,7 +16,6 @@ from torch.export import Dim
 from torch.utils._pytree import tree_map
 
 from batchnorm import repair
-from batchnorm.cli.files import replacing
 from batchnorm.cli.model import in_one_line, input_like, load_batches, load_module, shape_of
 from batchnorm.cli.output import refuse
 from batchnorm.cli.weights import (
@@ -27,6 +26,7 @@ from batchnorm.cli.weights import (
     save_tensors,
     tensors_of,
 )
+from batchnorm.report.files import replacing
 
 __all__ = ["add_commands"]
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from batchnorm.cli.files import replacing
 from batchnorm.models.checkpoint import PICKLED, holds_tensors_alone, read_tensors
+from batchnorm.report.files import replacing
 
 __all__ = [
     "WRITTEN",

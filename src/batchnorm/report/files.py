@@ -1,4 +1,4 @@
-"""Files the commands read and write."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["example", "replacing", "write_atomically"]
-
-
-def example(name: str) -> Path:
-    """An example script: from the wheel, or from the checkout that an editable install shows."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "examples" / name
-    return installed if installed.exists() else package.parents[1] / "examples" / name
+__all__ = ["replacing", "write_atomically"]
 
 
 @contextmanager
