@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -51,6 +51,7 @@ def train(
     note: Callable[[nn.Module], float] | None = None,
     every: int = 10,
     until: Callable[[float], bool] | None = None,
+    order: Iterator[Tensor] | None = None,
 ) -> Run:
     """Train a network by stochastic gradient descent with momentum.
 
@@ -69,12 +70,13 @@ def train(
         note: What to measure of the network, after every so many steps.
         every: How many.
         until: Ends the training where a note is so.
+        order: The indices of each step's batch; shuffled ones of `batch` samples by default.
     """
     optimizer = torch.optim.SGD(
         network.parameters(), lr=rate, momentum=momentum, weight_decay=decay
     )
     run = Run()
-    drawn = batches(len(examples), batch, seed)
+    drawn = order or batches(len(examples), batch, seed)
     network.train()
     for step in range(1, steps + 1):
         part = examples[next(drawn).to(examples.x.device)]

@@ -14,9 +14,9 @@ __all__ = ["Examples", "Split", "batches", "split"]
 
 @dataclass(frozen=True)
 class Examples:
-    """Inputs and their targets: labels, or the numbers of a regression."""
+    """Inputs and their targets: labels, the numbers of a regression, or symbols for symbols."""
 
-    x: Float[Tensor, "n *shape"]
+    x: Shaped[Tensor, "n *shape"]
     y: Shaped[Tensor, "n *target"]
 
     def __len__(self) -> int:
