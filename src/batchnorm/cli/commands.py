@@ -18,6 +18,7 @@ from batchnorm.audit import RULES, find_rule
 from batchnorm.audit.place import displayed
 from batchnorm.cli.checking import check
 from batchnorm.cli.examples import example
+from batchnorm.cli.laboratory import lab
 from batchnorm.cli.options import (
     Form,
     FormOption,
@@ -88,6 +89,7 @@ def run(
 app.command()(check)
 app.command()(plan)
 add_commands(app)
+app.add_typer(lab, name="lab")
 
 
 @app.command()

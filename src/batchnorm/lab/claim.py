@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from matplotlib.figure import Figure
@@ -14,10 +14,20 @@ from batchnorm.lab.hypothesis import Hypothesis
 from batchnorm.lab.profile import Profile
 from batchnorm.lab.results import Outcome, Results
 
-__all__ = ["AnyClaim", "Claim", "TrialT"]
+__all__ = ["AnyClaim", "AnyTrial", "Claim", "TrialT"]
 
-TrialT = TypeVar("TrialT")
-"""A frozen dataclass of plain fields, `seed` among them: all that a trial depends on."""
+
+class AnyTrial(Protocol):
+    """A frozen dataclass of plain fields, `seed` among them: all that a trial depends on."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def seed(self) -> int:
+        """What all that is random in it is drawn from."""
+
+
+TrialT = TypeVar("TrialT", bound=AnyTrial)
 
 
 class Claim(ABC, Generic[TrialT]):

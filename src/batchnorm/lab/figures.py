@@ -26,7 +26,7 @@ _STYLE: Any = {
     "axes.titlesize": "medium",
     "axes.titlelocation": "left",
     "font.size": 9,
-    "font.family": "DejaVu Sans",  # matplotlib brings it along
+    "font.family": "sans-serif",  # with all fallbacks: letters are drawn where they are read
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "svg.fonttype": "none",  # letters stay letters: searchable, and small

@@ -1,0 +1,121 @@
+"""What the results of a claim say of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from batchnorm.lab.claim import AnyClaim
+from batchnorm.lab.fingerprint import fingerprint
+from batchnorm.lab.hypothesis import Answer, Judgement, Verdict, verdict_of
+from batchnorm.lab.profile import PROFILES, Profile
+from batchnorm.lab.record import Record
+from batchnorm.lab.results import Results
+
+__all__ = ["Conclusion", "conclude"]
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """A claim, what was measured, and the verdict that follows.
+
+    `verdict`: None for the quick profile and for fewer than five seeds. `missing`: trials that
+    have yet to run. `is_current`: whether the experiment is still the one that was run.
+    """
+
+    claim: type[AnyClaim]
+    record: Record
+    results: Results
+    judgements: tuple[Judgement, ...]
+    verdict: Verdict | None
+    missing: int
+    is_current: bool
+
+    def settings(self, answer: Answer) -> list[str]:
+        """Where the hypotheses have this answer."""
+        return [each.hypothesis.where for each in self.judgements if each.answer is answer]
+
+    def reason(self) -> str:
+        """The verdict and what it depends on, in a sentence."""
+        if self.missing:
+            return f"{self.missing} trials have yet to run"
+        if self.verdict is None:
+            return f"no verdict from the {self.record.profile} profile, seeds: {self.record.seeds}"
+        if self.verdict is Verdict.SUPPORTED:
+            n = len(self.judgements)
+            return "it holds" if n == 1 else f"it holds in all of {n} settings"
+        named = [
+            ("holds for", Answer.HOLDS),
+            ("fails for", Answer.FAILS),
+            ("open for", Answer.OPEN),
+        ]
+        parts = [f"{how} {_listed(self.settings(a))}" for how, a in named if self.settings(a)]
+        return "; ".join(parts)
+
+    def as_json(self) -> dict[str, Any]:
+        """The hypotheses with their answers, and the verdict, for a record's file."""
+        return {
+            "sentence": self.claim.sentence(),
+            "source": self.claim.source,
+            "verdict": None if self.verdict is None else self.verdict.value,
+            "reason": self.reason(),
+            "hypotheses": [_as_json(each) for each in self.judgements],
+        }
+
+
+def conclude(claim: type[AnyClaim], record: Record) -> Conclusion:
+    """Judge each hypothesis by a record, and the claim by all of them.
+
+    The quick profile runs only some settings: hypotheses on others are left out. A record with
+    trials missing is not judged.
+    """
+    profile = Profile(PROFILES[record.profile].name, record.seeds)
+    trials = list(claim().trials(profile))
+    results = record.results(trials)
+    missing = len(trials) - len(results)
+    judgements = () if missing else tuple(_judged(claim, results, profile))
+    is_judged = bool(judgements) and profile.is_full
+    return Conclusion(
+        claim,
+        record,
+        results,
+        judgements,
+        verdict_of(judgements) if is_judged else None,
+        missing,
+        record.fingerprint == fingerprint(claim),
+    )
+
+
+def _judged(claim: type[AnyClaim], results: Results, profile: Profile) -> list[Judgement]:
+    judged = []
+    for hypothesis in claim.hypotheses:
+        try:
+            judged.append(hypothesis.judge(results))
+        except LookupError:
+            if profile.is_full:
+                raise
+    return judged
+
+
+def _as_json(judgement: Judgement) -> dict[str, Any]:
+    hypothesis, interval = judgement.hypothesis, judgement.interval
+    low, high = (end if math.isfinite(end) else None for end in (interval.low, interval.high))
+    return {
+        "where": hypothesis.where,
+        "measure": hypothesis.measure,
+        "unit": hypothesis.unit,
+        "more_than": hypothesis.more_than,
+        "less_than": hypothesis.less_than,
+        "mean": interval.mean,
+        "low": low,
+        "high": high,
+        "n": interval.n,
+        "values": list(judgement.values),
+        "answer": judgement.answer.value,
+    }
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " · ".join(names)
