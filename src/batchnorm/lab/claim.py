@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from matplotlib.figure import Figure
@@ -17,6 +17,7 @@ from batchnorm.lab.results import Outcome, Results
 __all__ = ["AnyClaim", "AnyTrial", "Claim", "TrialT"]
 
 
+@runtime_checkable
 class AnyTrial(Protocol):
     """A frozen dataclass of plain fields, `seed` among them: all that a trial depends on."""
 
