@@ -94,7 +94,7 @@ def _ends(interval: Interval) -> tuple[float, float]:
 def curve(
     axis: Axes,
     arm: str,
-    across: Sequence[float],
+    across: Sequence[float | int],
     values: Sequence[Sequence[float]],
     *,
     geometric: bool = False,
