@@ -13,6 +13,7 @@ from batchnorm.lab.hypothesis import Answer, Judgement, Verdict, verdict_of
 from batchnorm.lab.profile import PROFILES, Profile
 from batchnorm.lab.record import Record
 from batchnorm.lab.results import Results
+from batchnorm.report.summary import count
 
 __all__ = ["Conclusion", "conclude"]
 
@@ -38,11 +39,11 @@ class Conclusion:
         return [each.hypothesis.where for each in self.judgements if each.answer is answer]
 
     def reason(self) -> str:
-        """The verdict and what it depends on, in a sentence."""
+        """Why the verdict is what it is, to be read behind it."""
         if self.missing:
             return f"{self.missing} trials have yet to run"
         if self.verdict is None:
-            return f"no verdict from the {self.record.profile} profile, seeds: {self.record.seeds}"
+            return f"the {self.record.profile} profile, {count(self.record.seeds, 'seed')}"
         if self.verdict is Verdict.SUPPORTED:
             n = len(self.judgements)
             return "it holds" if n == 1 else f"it holds in all of {n} settings"
