@@ -29,7 +29,7 @@ class Text:
     @staticmethod
     def windows(
         part: Int[Tensor, " n"], length: int, starts: Int[Tensor, " batch"]
-    ) -> Int[Tensor, "batch length+1"]:
+    ) -> Int[Tensor, "batch {length}+1"]:
         """Pieces of `length` characters and the one after each of them."""
         return part[starts[:, None] + torch.arange(length + 1, device=starts.device)]
 
