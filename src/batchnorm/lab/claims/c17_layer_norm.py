@@ -247,11 +247,12 @@ class LayerNorm(Claim[Trial]):
                 yield Trial("layer", arm, 0.0, 0, seed)
         sgd = profile.choose(full=(0.03, 0.1, 0.3, 1.0), quick=(0.1,))
         adam = profile.choose(full=(0.001, 0.003, 0.01, 0.03), quick=(0.01,))
+        control = profile.choose(full=(0.0003, 0.003, 0.01, 0.03), quick=(0.01,))
         plans = {
             "plain": (sgd, profile.choose(full=240, quick=20)),
             "residual": (sgd, profile.choose(full=240, quick=20)),
             "transformer": (adam, profile.choose(full=400, quick=40)),
-            "policy": (adam, profile.choose(full=120, quick=8)),
+            "policy": (control, profile.choose(full=120, quick=8)),
         }
         for subject, (rates, steps) in plans.items():
             for arm in ARMS:
