@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help browser demo test check format bench clean
+.PHONY: help browser demo test check format bench evidence clean
 
 help:  ## Show the targets.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -51,6 +51,10 @@ bench: .venv/installed  ## Run the benchmarks; nothing else should run meanwhile
 	$(BIN)/python benchmarks/sync.py --output benchmarks/sync.md
 	$(BIN)/python benchmarks/faults.py --output benchmarks/faults.md
 	$(BIN)/python docs/synchronization.py
+
+evidence: .venv/installed  ## Run all claims of the lab and write docs/evidence.md; it goes on where it was.
+	$(BIN)/batchnorm lab run all --profile full --output docs/evidence
+	$(BIN)/batchnorm lab report docs/evidence --output docs/evidence.md
 
 clean:  ## Remove what was installed and cached.
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
