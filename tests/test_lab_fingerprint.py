@@ -21,6 +21,7 @@ class Claimed:
     The protocol.
     """
 
+    source = "Ioffe & Szegedy 2015"
     bar = 1.5
 
     def run(self, trial):
@@ -43,6 +44,7 @@ def bare(source):
         ('"""Train."""', '"""Train a network."""'),
         ("The protocol.", "The protocol, told better."),
         ('"""A module."""', ""),
+        ("Szegedy 2015", "Szegedy 2015, section 3"),
         ("return results", "return results.where(arm='batch')"),
         ("(0.1, 1.0)", "(\n    0.1,\n    1.0,\n)"),
     ],

@@ -20,8 +20,8 @@ _IDLE = ("ctx", "kind", "lineno", "type_comment", "type_params")
 def fingerprint(claim: type[AnyClaim]) -> str:
     """Twelve hexadecimal digits of the claim's code and of what it uses of the laboratory's.
 
-    Comments, docstrings, layout and the claim's figure do not count; its hypotheses do, so that a
-    bar that is moved after the run is seen.
+    Comments, docstrings, layout, the source and the claim's figure do not count; its hypotheses do,
+    so that a bar that is moved after the run is seen.
     """
     digest = hashlib.sha256()
     for name in sorted(_reached(claim.__module__)):
@@ -72,9 +72,11 @@ def _bare(node: ast.AST) -> str:
 
 
 def _is_shown(node: object) -> bool:
-    """A docstring, or what draws the figure."""
+    """A docstring, a citation, or what draws the figure."""
     if isinstance(node, ast.FunctionDef):
         return node.name == "figure"
+    if isinstance(node, ast.Assign):
+        return [ast.unparse(target) for target in node.targets] == ["source"]
     return (
         isinstance(node, ast.Expr)
         and isinstance(node.value, ast.Constant)
