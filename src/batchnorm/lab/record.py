@@ -29,7 +29,7 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Done:
-    """A trial that has run."""
+    """A trial that has run; `seconds` of one core."""
 
     trial: Mapping[str, Any]
     outcome: Mapping[str, Any]
