@@ -28,8 +28,8 @@ class Job:
     """What is trained: a network, on shards of data, at several rates.
 
     `arm`: whose statistics: "own", each rank's; "first", the first rank's, which
-    DistributedDataParallel gives to all; or "sync". What is no batch norm has none. `asked`:
-    images to be classified after the training.
+    DistributedDataParallel gives to all; or "sync". `asked`: images to be classified after the
+    training.
     """
 
     network: nn.Module
@@ -85,11 +85,11 @@ def train_on_rank(rank: int, world: int, job: Job) -> dict[str, list[list[int]]]
         drawn = ((x[chosen], y[chosen]) for chosen in _batches(len(x), job, rank))
         _learn(wrapped, drawn, rate)
         apart.append(_answers(network, job.asked))
-        if any(name.endswith("running_mean") for name, _ in network.named_buffers()):
-            finite = torch.tensor([float(all(b.isfinite().all() for b in network.buffers()))])
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-            if finite.item():
-                reduce_statistics(network)
+        # a run that has diverged has nothing to merge, and all ranks have to know it
+        finite = torch.tensor(float(all(b.isfinite().all() for b in network.buffers())))
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if finite.item():
+            reduce_statistics(network)
         merged.append(_answers(network, job.asked))
     return {"apart": apart, "merged": merged}
 

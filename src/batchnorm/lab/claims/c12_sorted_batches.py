@@ -146,9 +146,7 @@ class SortedBatches(Claim[Trial]):
 
     number = 12
     name = "sorted-batches"
-    source = (
-        "Ioffe 2017, section 4.3 (non-i.i.d. minibatches); Wu & Johnson 2021, sections 4.2 and 6"
-    )
+    source = "Ioffe 2017, section 4.3 (non-i.i.d. minibatches); Wu & Johnson 2021, sections 4 and 6"
     hypotheses = (
         Hypothesis("batch norm", SHOWN, partial(above, arm="batch"), more_than=5.0, unit="points"),
         Hypothesis(

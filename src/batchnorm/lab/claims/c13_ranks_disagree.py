@@ -31,7 +31,6 @@ SHOWN = {
     "first\nrank's": ("first", "none"),
     "merged": ("own", "renorm"),
     "sync": ("sync", "sync"),
-    "group\nnorm": ("group", "group"),
     "one\nprocess": ("one", "instance"),
 }
 
@@ -102,10 +101,10 @@ class RanksDisagree(Claim[Trial]):
 
     Arms: statistics of each rank's *own*; those of the *first* rank, which
     DistributedDataParallel gives to all in every forward pass unless told otherwise; *merged*, own
-    ones which `reduce_statistics` merges after the training; synchronized, `Sync()`; group norm of
-    4 channels; and *one process*, whose batches of 32 are those of both ranks. Each tries the same
-    three learning rates and is judged at the one with the smallest mean error on the validation
-    images (merged at the one of its own statistics).
+    ones which `reduce_statistics` merges after the training; synchronized, `Sync()`; and *one
+    process*, whose batches of 32 are those of both ranks. Each tries the same three learning rates
+    and is judged at the one with the smallest mean error on the validation images (merged at the
+    one of its own statistics).
     """
 
     number = 13
@@ -160,7 +159,7 @@ class RanksDisagree(Claim[Trial]):
         """A world each for every arm on split classes, and for own statistics on mixed ones."""
         steps, rates = profile.choose(full=(200, 3), quick=(40, 1))
         lowest = profile.choose(full=0.01, quick=0.1)
-        arms = profile.choose(full=("own", "first", "sync", "group", "one"), quick=("sync", "one"))
+        arms = profile.choose(full=("own", "first", "sync", "one"), quick=("sync", "one"))
         runs = [(arm, SPLIT) for arm in arms] + profile.choose(full=[("own", MIXED)], quick=[])
         for arm, kind in runs:
             for seed in range(profile.seeds):
@@ -170,7 +169,7 @@ class RanksDisagree(Claim[Trial]):
         """Train on two processes, and compare their answers. They compute on the CPU."""
         data = digits(trial.seed)
         job = Job(
-            PlainNetwork(norm_of("group" if trial.arm == "group" else "batch"), depth=4),
+            PlainNetwork(norm_of("batch"), depth=4),
             trial.arm,
             [(part.x, part.y) for part in shards(data.train, trial.shards, trial.seed)],
             torch.cat([data.validation.x, data.test.x]),
