@@ -109,7 +109,7 @@ class OneByOne(Claim[Trial]):
     name = "one-by-one"
     source = (
         "Ioffe & Szegedy 2015, section 3.1 (inference); Schneider et al. 2020, section 3 "
-        "(adaptation); Gong et al. 2022, "NOTE" (streams whose classes come in runs)"
+        "(adaptation); Gong et al. 2022 (streams whose classes come in runs)"
     )
     hypotheses = (
         Hypothesis(
