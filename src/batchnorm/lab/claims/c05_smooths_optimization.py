@@ -14,38 +14,33 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from batchnorm.lab.claim import Claim
-from batchnorm.lab.data import Examples, batches, digits
-from batchnorm.lab.figures import curve, finish, panels
+from batchnorm.lab.data import Examples, digits
+from batchnorm.lab.figures import finish, panels
 from batchnorm.lab.hypothesis import Hypothesis
+from batchnorm.lab.looks import LEAST, READINGS, draw, looked_at, ratio
 from batchnorm.lab.networks import PlainNetwork, norm_of
 from batchnorm.lab.profile import Profile
 from batchnorm.lab.results import Outcome, Results
-from batchnorm.lab.training import accuracy, train
 
 __all__ = ["SmoothsOptimization"]
 
 DEPTH = 8
-BATCH = 64
-CHANCE = 0.1
 STEPS_ALONG = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # times the learning rate
-LEARNED = 0.1  # nats: with less of a loss there is no landscape left
-LEAST, MOST = 1e-6, 1e6  # what a measure may be, so that an overflow is a number, too
 MEASURES = {
     "variation": "range of the loss along the gradient",
     "change": "largest change of the gradient along itself",
     "smoothness": "effective β-smoothness",
 }
-READINGS = {"common": "at the rate best without norm", "own": "each at its best rate"}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A training run, looked at `marks` times."""
+    """A training run, looked at `looks` times."""
 
     arm: str
     rate: float
     steps: int
-    marks: int
+    looks: int
     seed: int
 
 
@@ -61,7 +56,7 @@ def along(network: nn.Module, part: Examples, rate: float) -> dict[str, float]:
 
     With g the gradient at θ, of all parameters, in training mode, and points θ − k·rate·g for the
     k of `STEPS_ALONG`: the loss at θ; the largest loss there less the smallest; the largest
-    ‖g − g′‖; and the largest ‖g − g′‖ / ‖θ − θ′‖. All within `LEAST` and `MOST`.
+    ‖g − g′‖; and the largest ‖g − g′‖ / ‖θ − θ′‖. All infinite if a number there is none.
     """
     network = copy.deepcopy(network).train()
     parameters = list(network.parameters())
@@ -71,7 +66,7 @@ def along(network: nn.Module, part: Examples, rate: float) -> dict[str, float]:
         return float(loss.detach()), torch.autograd.grad(loss, parameters)
 
     start = [parameter.detach().clone() for parameter in parameters]
-    loss_before, gradient = measured()
+    before, gradient = measured()
     length = norm_between(gradient, [torch.zeros_like(g) for g in gradient])
     losses, changes, slopes = [], [], []
     for step in STEPS_ALONG:
@@ -82,36 +77,14 @@ def along(network: nn.Module, part: Examples, rate: float) -> dict[str, float]:
         losses.append(loss)
         changes.append(norm_between(gradient, other))
         slopes.append(changes[-1] / max(step * rate * length, LEAST))
-    found = {
-        "loss": loss_before,
+    if not all(map(math.isfinite, (*losses, *changes))):  # max and min may miss a NaN
+        return {"loss": before, **dict.fromkeys(MEASURES, math.inf)}
+    return {
+        "loss": before,
         "variation": max(losses) - min(losses),
         "change": max(changes),
         "smoothness": max(slopes),
     }
-    if not all(math.isfinite(value) for value in (loss_before, *losses, *changes)):
-        return dict.fromkeys(found, MOST)
-    return {name: min(max(value, LEAST), MOST) for name, value in found.items()}
-
-
-def over_the_run(looks: Sequence[dict[str, float]], measure: str) -> float:
-    """The geometric mean of a measure over the looks at what was not yet learned."""
-    learning = [look for look in looks if look["loss"] >= LEARNED] or list(looks)
-    return math.exp(sum(math.log(look[measure]) for look in learning) / len(learning))
-
-
-def chosen(results: Results, arm: str, reading: str) -> Results:
-    """An arm's trials at its best rate, or at the rate that is best without batch norm."""
-    own = results.where(arm=arm)
-    if reading == "own":
-        return own.tuned("rate", by="validation", best="high")
-    without = results.where(arm="none").tuned("rate", by="validation", best="high")
-    return own.where(rate=without.distinct("rate")[0])
-
-
-def ratio(results: Results, measure: str, reading: str) -> list[float]:
-    """The measure without batch norm, over that with it."""
-    arms = (chosen(results, arm, reading).values(measure) for arm in ("none", "batch"))
-    return [without / with_norm for without, with_norm in zip(*arms, strict=True)]
 
 
 class SmoothsOptimization(Claim[Trial]):
@@ -119,9 +92,9 @@ class SmoothsOptimization(Claim[Trial]):
 
     A plain network of 8 layers learns scikit-learn's digits (1,000 images, batches of 64, SGD
     without momentum, so that a step is a step along the gradient, 240 steps), with batch norm
-    before each ReLU and without it. 24 times in a run, on a batch of 64 training images, the
-    gradient g of all parameters is taken, and then loss and gradient at steps of 0.5 to 4 learning
-    rates along −g, as Santurkar et al. do. Three measures, each smaller the smoother it is:
+    before each ReLU and without it. Every 10 steps, on a batch of 64 training images, the gradient
+    g of all parameters is taken, and then loss and gradient at steps of 0.5 to 4 learning rates
+    along −g, as Santurkar et al. do. Three measures, each smaller the smoother it is:
 
     - the range of the loss over these steps;
     - the largest ℓ2 distance of a gradient there from g: how little g predicts;
@@ -154,45 +127,26 @@ class SmoothsOptimization(Claim[Trial]):
     def trials(self, profile: Profile) -> Iterator[Trial]:
         """Both arms at every rate."""
         rates = profile.choose(full=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0), quick=(0.03, 0.3))
-        steps, marks = profile.choose(full=(240, 24), quick=(40, 4))
+        steps, looks = profile.choose(full=(240, 24), quick=(40, 4))
         for arm in ("batch", "none"):
             for rate in rates:
                 for seed in range(profile.seeds):
-                    yield Trial(arm, rate, steps, marks, seed)
+                    yield Trial(arm, rate, steps, looks, seed)
 
     def run(self, trial: Trial, device: torch.device) -> Outcome:
         """Train, and look along the gradient now and then."""
         data = digits(trial.seed).to(device)
         network = PlainNetwork(norm_of(trial.arm), depth=DEPTH).to(device)
-        drawn = batches(len(data.train), BATCH, trial.seed + 1)  # not those it is about to learn
-        found: list[dict[str, float]] = []
-
-        def look(network: nn.Module) -> float:
-            part = data.train[next(drawn).to(device)]
-            found.append(along(network, part, trial.rate))
-            return found[-1]["smoothness"]
-
-        run = train(
+        return looked_at(
             network,
-            data.train,
+            data,
+            lambda network, part: along(network, part, trial.rate),
+            measures=MEASURES,
             rate=trial.rate,
             steps=trial.steps,
-            batch=BATCH,
+            looks=trial.looks,
             seed=trial.seed,
-            momentum=0.0,
-            note=look,
-            every=trial.steps // trial.marks,
         )
-        # a run that diverged is as rough as can be from there on
-        rough = dict.fromkeys(("loss", *MEASURES), MOST)
-        found += [rough] * (trial.marks - len(found))
-        return {
-            "validation": CHANCE if run.diverged else accuracy(network, data.validation),
-            "test": CHANCE if run.diverged else accuracy(network, data.test),
-            "learning": sum(look["loss"] >= LEARNED for look in found),
-            **{name: over_the_run(found, name) for name in MEASURES},
-            **{f"{name}_curve": [look[name] for look in found] for name in rough},
-        }
 
     def figure(self, results: Results) -> Figure:
         """The three measures over the steps: a row for each reading."""
@@ -205,15 +159,7 @@ class SmoothsOptimization(Claim[Trial]):
             "smoothness": "‖g − g′‖ / ‖θ − θ′‖",
         }
         for axis, (reading, measure) in zip(axes, shown, strict=True):
-            for arm in ("batch", "none"):
-                own = chosen(results, arm, reading)
-                row = own.rows[0]
-                every = row["steps"] // row["marks"]
-                across = [every * (i + 1) for i in range(row["marks"])]
-                values = zip(*(row[f"{measure}_curve"] for row in own), strict=True)
-                curve(axis, arm, across, list(values), geometric=True)
-            axis.set_yscale("log")
-            axis.set_xlabel("steps")
+            draw(axis, results, measure, reading)
             axis.set_ylabel(units[measure])
-        axes[0].legend()
+        axes[-1].legend(loc="lower left")
         return finish(figure, len(results.seeds))
