@@ -327,6 +327,22 @@ def padded(lengths, of=0.0):
     return nn.BatchNorm1d(4), batches, {"mask": lambda batch: masks[id(batch)]}
 
 
+class KnowsPadding(nn.Module):
+    """Hands its layer the mask, as BN125 advises."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.norm(x, mask=(x != 0).any(1))
+
+
+def knowing():
+    _, batches, options = padded([20, 5])
+    return trained(KnowsPadding(), batches), batches, options | {"deploy": batches}
+
+
 def strided(lengths):
     """The mask at half its resolution."""
     _, batches, options = padded(lengths)
@@ -420,6 +436,7 @@ SILENT = [
     ("BN125", lambda: padded([20, 19])),
     ("BN125", lambda: padded([20, 5], of=2.0)[:2]),  # nobody gave the mask
     ("BN125", lambda: (two_norms(), normal(), {"mask": lambda batch: torch.ones(16, 5) > 0})),
+    *((code, knowing) for code in ("BN125", "BN103", "BN126")),
     ("BN126", lambda: deployed_at(0.0)),
     ("BN126", lambda: deployed_at(0.3)),
     ("BN126", lambda: (stale(0.1), normal(), {"deploy": normal()})),  # BN103 says so

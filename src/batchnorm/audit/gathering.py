@@ -159,23 +159,25 @@ class _Layers:
         self._frozen = {layer: not layer.training for layer in self.paths}
 
     def watched(
-        self, note: Callable[[TorchBatchNorm, Tensor], None]
+        self, note: Callable[[TorchBatchNorm, Tensor, Tensor | None], None]
     ) -> AbstractContextManager[None]:
-        """Have every layer's input noted while the context is open."""
+        """Have every layer's input noted while the context is open, with a mask given to it."""
 
-        def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             assert isinstance(layer, TorchBatchNorm)
-            if inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim >= 2:
-                note(layer, inputs[0])
+            x = inputs[0] if inputs else named.get("input")
+            if isinstance(x, Tensor) and x.ndim >= 2:
+                note(layer, x, _mask_of(x, named.get("mask")))
 
         self._calls.clear()
         self._passes += 1
-        return _removed([layer.register_forward_pre_hook(hook) for layer in self.paths])
+        hooks = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in self.paths]
+        return _removed(hooks)
 
-    def note(self, layer: TorchBatchNorm, x: Tensor) -> None:
+    def note(self, layer: TorchBatchNorm, x: Tensor, mask: Tensor | None) -> None:
         """What the layer is given in training."""
         x = _copy(x)  # the model may go on to change it in place
-        own, moments = self._of(layer, x), _moments(x)
+        own, moments = self._of(layer, x), _moments(x, mask)
         own.batches.append(moments)
         number = self._calls[layer] = self._calls.get(layer, 0) + 1
         origin = own.origins.setdefault(f"call {number} of a pass", Origin())
@@ -190,9 +192,9 @@ class _Layers:
         if seen is not None and (not self.samples or self.samples[0].shape[1] == seen.shape[1]):
             self.samples.append(seen.double().cpu())
 
-    def note_deployed(self, layer: TorchBatchNorm, x: Tensor) -> None:
+    def note_deployed(self, layer: TorchBatchNorm, x: Tensor, mask: Tensor | None) -> None:
         """What the layer is given where the model is deployed."""
-        self._of(layer, x).deployed.append(_moments(_copy(x)))
+        self._of(layer, x).deployed.append(_moments(_copy(x), mask))
 
     def differentiate(self, step: int, loss: Callable[[], Tensor]) -> None:
         """Note the norm of the loss's gradient by each layer's output; no `.grad` is written."""
@@ -296,8 +298,16 @@ def _resized(mask: Tensor, x: Tensor) -> Tensor | None:
     return there > 0.5
 
 
-def _moments(x: Tensor) -> Moments:
-    return Moments.of(x, (0, *range(2, x.ndim)))
+def _mask_of(x: Tensor, mask: object) -> Tensor | None:
+    """A mask that a layer is called with, (n, 1, *positions); a wrong one is for it to refuse."""
+    if not isinstance(mask, Tensor) or mask.shape != (x.shape[0], *x.shape[2:]):
+        return None
+    return mask.to("cpu", torch.bool, copy=True).unsqueeze(1)
+
+
+def _moments(x: Tensor, mask: Tensor | None) -> Moments:
+    """Of what the layer averages over: where it is given a mask, of the data alone."""
+    return Moments.of(x, (0, *range(2, x.ndim)), mask=mask)
 
 
 def _copies(mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor] | None:
