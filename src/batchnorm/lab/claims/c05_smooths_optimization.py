@@ -17,7 +17,7 @@ from batchnorm.lab.claim import Claim
 from batchnorm.lab.data import Examples, digits
 from batchnorm.lab.figures import finish, panels
 from batchnorm.lab.hypothesis import Hypothesis
-from batchnorm.lab.looks import LEAST, READINGS, draw, looked_at, ratio
+from batchnorm.lab.looks import LEARNED, LEAST, READINGS, draw, looked_at, ratio
 from batchnorm.lab.networks import PlainNetwork, norm_of
 from batchnorm.lab.profile import Profile
 from batchnorm.lab.results import Outcome, Results
@@ -162,4 +162,6 @@ class SmoothsOptimization(Claim[Trial]):
             draw(axis, results, measure, reading)
             axis.set_ylabel(units[measure])
         axes[-1].legend(loc="lower left")
-        return finish(figure, len(results.seeds))
+        return finish(
+            figure, len(results.seeds), note=f"means count losses from {LEARNED:g} nats on"
+        )
