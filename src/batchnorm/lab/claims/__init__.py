@@ -6,6 +6,7 @@ from batchnorm.lab.claims.c02_higher_learning_rates import HigherLearningRates
 from batchnorm.lab.claims.c03_less_careful_initialization import LessCarefulInitialization
 from batchnorm.lab.claims.c04_regularizes_by_noise import RegularizesByNoise
 from batchnorm.lab.claims.c05_smooths_optimization import SmoothsOptimization
+from batchnorm.lab.claims.c06_internal_covariate_shift import InternalCovariateShift
 from batchnorm.lab.claims.c07_not_expressiveness import NotExpressiveness
 from batchnorm.lab.claims.c08_keeps_gradients import KeepsGradients
 from batchnorm.lab.claims.c09_needs_less_care import NeedsLessCare
@@ -30,6 +31,7 @@ CLAIMS: tuple[type[AnyClaim], ...] = (
     LessCarefulInitialization,
     RegularizesByNoise,
     SmoothsOptimization,
+    InternalCovariateShift,
     NotExpressiveness,
     KeepsGradients,
     NeedsLessCare,
