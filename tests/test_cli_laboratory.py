@@ -72,6 +72,7 @@ def test_show_says_what_is_expected_and_how_it_is_measured(batchnorm):
 def test_a_run_leaves_numbers_and_a_figure_and_the_page_has_both(batchnorm, made_up, folder):
     status, out, err = batchnorm("lab", "run", "invented", "--profile", "full", "--processes", 1)
     assert status == 0, err
+    assert "1 invented: depends: holds for one; fails for two" in err
     assert "depends" in out
     assert "2 points [2, 2]" in out
     results = folder / "batchnorm-lab" / "full"

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from batchnorm.cli.output import complain, refuse
 from batchnorm.report.files import write_atomically
@@ -67,7 +67,7 @@ def claims(context: typer.Context) -> None:
         return
     from batchnorm.lab.claims import CLAIMS
 
-    table = Table("", "name", "claim", box=None)
+    table = Table(Column("", justify="right"), "name", "claim", box=None)
     for claim in CLAIMS:
         table.add_row(str(claim.number), claim.name, claim.sentence())
     console = Console()
@@ -119,6 +119,7 @@ def run(
     Each claim leaves NAME.json, every trial's numbers with the answers, and the figure NAME.svg. A
     verdict needs the full profile and five seeds.
     """
+    from batchnorm.lab.page import verdict_word
     from batchnorm.lab.profile import PROFILES, Profile
     from batchnorm.lab.record import RecordError
     from batchnorm.lab.runner import Step, run_claims
@@ -145,6 +146,13 @@ def run(
             if step.again:
                 progress.console.print(
                     f"{name}: the experiment has changed since its last run; it begins anew"
+                )
+            if step.conclusion is not None:
+                ended = step.conclusion
+                progress.console.print(
+                    f"{step.claim.number} {name}: {verdict_word(ended)}: {ended.reason()}",
+                    highlight=False,
+                    markup=False,
                 )
             done[name], totals[name] = step.done, step.total
             progress.update(

@@ -33,12 +33,14 @@ class Step:
     """How far a run has come: `done` of `total` trials of a claim.
 
     `again`: those of an earlier run are not kept, because the experiment has changed since.
+    `conclusion`: with the last of them.
     """
 
     claim: type[AnyClaim]
     done: int
     total: int
     again: bool = False
+    conclusion: Conclusion | None = None
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,12 @@ class _Job:
     saved: float = 0.0
 
     def save(self) -> Conclusion:
+        """Write the results, and the figure where they are all there."""
         conclusion = conclude(self.claim, self.record)
         write_atomically(self.path, self.record.text(conclusion.as_json()))
         self.saved = time.monotonic()
+        if not conclusion.missing:
+            draw(conclusion, self.path.parent)
         return conclusion
 
 
@@ -114,9 +119,6 @@ def run_claims(
             _work_off(waiting, device, processes, notify, failures)
     finally:
         conclusions = [job.save() for job in jobs]
-    for conclusion in conclusions:
-        if not conclusion.missing:
-            draw(conclusion, directory)
     return conclusions, failures
 
 
@@ -173,9 +175,11 @@ def _work_off(
             except Exception as error:
                 failures.append(Failure(job.claim, trial, f"{type(error).__name__}: {error}"))
             job.waiting -= 1
-            notify(Step(job.claim, job.total - job.waiting, job.total))
+            conclusion = None
             if not job.waiting or time.monotonic() > job.saved + _BETWEEN_SAVES:
-                job.save()
+                conclusion = job.save()
+            ended = None if job.waiting else conclusion
+            notify(Step(job.claim, job.total - job.waiting, job.total, conclusion=ended))
     finally:
         pool.shutdown(cancel_futures=True)
 
