@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from filelock import FileLock
 
 import invented
 from batchnorm.lab.hypothesis import Answer, Verdict
@@ -126,6 +127,16 @@ def test_results_of_another_profile_or_nature_are_not_touched(ran, tmp_path):
     path.write_text('{"version": 2}')
     with pytest.raises(RecordError, match="of form 2"):
         run_claims([invented.Invented], FULL, tmp_path)
+
+
+def test_two_runs_do_not_write_into_one_directory(tmp_path):
+    (tmp_path / "invented.json").write_text("theirs")
+    with (
+        FileLock(tmp_path / ".lock"),
+        pytest.raises(RecordError, match="another run writes into"),
+    ):
+        run_claims([invented.Invented], FULL, tmp_path)
+    assert (tmp_path / "invented.json").read_text() == "theirs"
 
 
 def test_a_trial_that_raises_stops_no_other(tmp_path):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from batchnorm.lab.claim import AnyClaim, AnyTrial
 from batchnorm.lab.conclusion import Conclusion, conclude
@@ -99,11 +101,41 @@ def run_claims(
         A conclusion for each claim, and the trials that raised.
 
     Raises:
-        RecordError: The directory holds results of another profile or device, or something else.
+        RecordError: The directory holds results of another profile or device, or something else;
+            or another run writes into it.
         RuntimeError: A process died; what had run is saved.
         OSError: The directory cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    with _alone(directory):
+        return _run(claims, profile, directory, device, processes, notify)
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Nobody else writes results there meanwhile: each run holds in memory what it will write."""
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RecordError(
+            f"another run writes into {directory}; wait for it, or give another --output"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _run(
+    claims: Sequence[type[AnyClaim]],
+    profile: Profile,
+    directory: Path,
+    device: str,
+    processes: int | None,
+    notify: Callable[[Step], None],
+) -> tuple[list[Conclusion], list[Failure]]:
     jobs, waiting = [], []
     for claim in claims:
         path = record_path(directory, claim)
