@@ -1,6 +1,7 @@
 """The page of the evidence, in Markdown and in HTML."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -105,3 +106,8 @@ def test_a_record_of_another_experiment_is_named_so(full, tmp_path):
     finally:
         full.record.fingerprint = kept
     assert "The experiment has been changed since this run." in page
+
+
+def test_two_measures_of_one_setting_are_told_apart(full):
+    twice = replace(full, judgements=(full.judgements[0], full.judgements[0]))
+    assert twice.reason() == "holds for " + " · ".join(["one (added | measured)"] * 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +33,15 @@ class Conclusion:
     missing: int
     is_current: bool
 
+    def setting(self, judgement: Judgement) -> str:
+        """Where it was measured, and what, if several measures were taken there."""
+        where = judgement.hypothesis.where
+        several = sum(each.hypothesis.where == where for each in self.judgements) > 1
+        return f"{where} ({judgement.hypothesis.measure})" if several else where
+
     def settings(self, answer: Answer) -> list[str]:
         """Where the hypotheses have this answer."""
-        return [each.hypothesis.where for each in self.judgements if each.answer is answer]
+        return [self.setting(each) for each in self.judgements if each.answer is answer]
 
     def reason(self) -> str:
         """Why the verdict is what it is, to be read behind it."""
@@ -46,13 +51,13 @@ class Conclusion:
             return f"the {self.record.profile} profile, {count(self.record.seeds, 'seed')}"
         if self.verdict is Verdict.SUPPORTED:
             n = len(self.judgements)
-            return "it holds" if n == 1 else f"it holds in all of {n} settings"
+            return "it holds" if n == 1 else f"all {n} hypotheses hold"
         named = [
             ("holds for", Answer.HOLDS),
             ("fails for", Answer.FAILS),
             ("open for", Answer.OPEN),
         ]
-        parts = [f"{how} {_listed(self.settings(a))}" for how, a in named if self.settings(a)]
+        parts = [f"{how} {' · '.join(self.settings(a))}" for how, a in named if self.settings(a)]
         return "; ".join(parts)
 
     def as_json(self) -> dict[str, Any]:
@@ -116,7 +121,3 @@ def _as_json(judgement: Judgement) -> dict[str, Any]:
         "values": list(judgement.values),
         "answer": judgement.answer.value,
     }
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " · ".join(names)

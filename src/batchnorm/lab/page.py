@@ -122,7 +122,7 @@ def _about(conclusions: Sequence[Conclusion]) -> str:
 def _summary(each: Conclusion, folder: str) -> list[str]:
     name = each.claim.name
     effects = "<br>".join(
-        f"{j.hypothesis.where}: {effect_of(j)}, {j.answer.value}" for j in each.judgements
+        f"{each.setting(j)}: {effect_of(j)}, {j.answer.value}" for j in each.judgements
     )
     return [
         str(each.claim.number),
