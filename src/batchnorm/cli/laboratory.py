@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from batchnorm.cli.output import complain, refuse
 from batchnorm.report.files import write_atomically
@@ -259,17 +260,21 @@ def _print(conclusions: Sequence[Conclusion]) -> None:
     """Each claim's verdict and effects."""
     from batchnorm.lab.page import effect_of, stated, verdict_word
 
-    table = Table("claim", "verdict", "where", "effect", "stated", "answer", box=None)
+    console = Console()
     for each in conclusions:
-        head = [f"{each.claim.number} {each.claim.name}", verdict_word(each)]
-        for j in each.judgements:
-            table.add_row(
-                *head, j.hypothesis.where, effect_of(j), stated(j.hypothesis), j.answer.value
-            )
-            head = ["", ""]
+        claim = each.claim
+        console.print(f"{claim.number} {claim.name}: [bold]{verdict_word(each)}", highlight=False)
         if not each.judgements:
-            table.add_row(*head, each.reason(), "", "", "")
-    Console().print(table)
+            console.print(f"  {each.reason()}", highlight=False)
+            continue
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for wraps in (False, False, False, True):
+            table.add_column(no_wrap=not wraps)
+        for j in each.judgements:
+            bar = stated(j.hypothesis)
+            cells = (f"  {j.answer.value}", effect_of(j), bar, each.setting(j))
+            table.add_row(*map(Text, cells))  # brackets are no markup
+        console.print(table)
 
 
 def _complain_of(failures: Sequence[Failure]) -> None:

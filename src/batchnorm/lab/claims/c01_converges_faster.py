@@ -72,9 +72,9 @@ class ConvergesFaster(Claim[Trial]):
     al.'s initialization, which is made for that case.
 
     Every 10 steps the accuracy on the validation images is measured; the run ends where it reaches
-    95 %. Both arms try the same six learning rates, and each is judged at the one at which it needs
-    the fewest steps on average. A run that does not get there counts with all steps it was
-    given, which favours the slower arm.
+    95 %. Both arms try the same six learning rates, 0.003 to 1, and each is judged at the one at
+    which it needs the fewest steps on average. A run that does not get there counts with the 400
+    steps it was given, which favours the slower arm.
     """
 
     number = 1
@@ -93,7 +93,7 @@ class ConvergesFaster(Claim[Trial]):
 
     def trials(self, profile: Profile) -> Iterator[Trial]:
         """Every network and arm at every rate."""
-        rates = profile.choose(full=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0), quick=(0.03, 0.3))
+        rates = profile.choose(full=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0), quick=(0.03, 0.3))
         steps = profile.choose(full=400, quick=60)
         names = profile.choose(full=tuple(NETWORKS), quick=tuple(NETWORKS)[:2])
         for network in names:

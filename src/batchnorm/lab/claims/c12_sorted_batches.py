@@ -101,8 +101,9 @@ def indices(examples: Examples, order: str, seed: int) -> Iterator[Int[Tensor, "
 
 
 def own(results: Results, arm: str, order: str, measure: str = "test") -> list[float]:
-    """A measure of each seed, at the arm's best learning rate."""
-    chosen = results.where(arm=arm, order=order).tuned("rate", by="validation", best="low")
+    """A measure of each seed, at the best learning rate of the arm, recalibrated or not."""
+    by = "validation_recalibrated" if measure == "recalibrated" else "validation"
+    chosen = results.where(arm=arm, order=order).tuned("rate", by=by, best="low")
     return chosen.values(measure)
 
 
@@ -202,7 +203,11 @@ class SortedBatches(Claim[Trial]):
         }
         if trial.arm in ("batch", "ghost", "renorm"):
             recalibrate(network, pieces, progress=False)
-        return {**outcome, "recalibrated": error(network, data.test)}
+        return {
+            **outcome,
+            "recalibrated": error(network, data.test),
+            "validation_recalibrated": error(network, data.validation),
+        }
 
     def figure(self, results: Results) -> Figure:
         """Errors of all arms, and of two of them by whose statistics they are normalized."""

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from batchnorm import BatchNorm1d
 from batchnorm.lab.claim import Claim
 from batchnorm.lab.control import cost, train_policy
 from batchnorm.lab.data import CHARACTERS, CartPole, documentation, mnist
@@ -34,6 +35,7 @@ __all__ = ["LayerNorm"]
 ARMS = ("batch", "layer")
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 LENGTH = 32
+MOMENTS = 25  # of an episode
 VALIDATION, TEST = 900_000_001, 900_000_002  # seeds of episodes: none that is trained on
 SUBJECTS = {
     "plain": ("plain network, 8 layers", "test error (%)"),
@@ -130,13 +132,17 @@ def of_text(trial: Trial, device: torch.device) -> Outcome:
 def of_control(trial: Trial, device: torch.device) -> Outcome:
     """Balance the pole."""
     task = CartPole()
-    policy = RecurrentPolicy(norm_of(trial.arm, of="features")).to(device)
-    train_policy(policy, task, rate=trial.rate, steps=trial.steps, seed=trial.seed)
+    norm = norm_of(trial.arm, of="features")
+    if trial.arm == "batch":
+        # one layer serves all moments: its running statistics are to be those of whole episodes
+        norm = partial(BatchNorm1d, momentum=1 / (10 * MOMENTS))
+    policy = RecurrentPolicy(norm).to(device)
+    train_policy(policy, task, rate=trial.rate, steps=trial.steps, moments=MOMENTS, seed=trial.seed)
     seen = task.observe(task.start(64, TEST)).to(device)
     memory = seen.new_zeros(64, policy.width)
     return {
-        "validation": cost(policy, task, episodes=256, seed=VALIDATION),
-        "test": cost(policy, task, episodes=256, seed=TEST),
+        "validation": cost(policy, task, episodes=256, seed=VALIDATION, moments=MOMENTS),
+        "test": cost(policy, task, episodes=256, seed=TEST, moments=MOMENTS),
         "mode": changes_with_mode(policy, lambda net: net(seen, memory)[1]),
     }
 
@@ -187,7 +193,8 @@ class LayerNorm(Claim[Trial]):
     balances a pole that it sees no velocities of, learning through the equations of motion from 4
     new episodes of 25 moments (1 s) a step; transformer and policy learn by Adam, gradients
     clipped to norm 1. Batch norm in the transformer averages over windows and places, in the
-    policy over the episodes of a moment, with the same layer for all moments. Both arms try the
+    policy over the episodes of a moment, with the same layer for all moments and a momentum by
+    which its running statistics are those of some ten batches of episodes. Both arms try the
     same four learning rates and are judged at the best on validation data; what is reported is
     inference on test data (1,000 images, 512 windows, 256 episodes).
     """

@@ -195,7 +195,7 @@ class InconsistentGain(Claim[Trial]):
     def trials(self, profile: Profile) -> Iterator[Trial]:
         """Every task and arm at every rate."""
         images = profile.choose(full=(0.03, 0.1, 0.3, 1.0), quick=(0.1,))
-        tables = profile.choose(full=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1), quick=(0.01,))
+        tables = profile.choose(full=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3), quick=(0.01,))
         text = profile.choose(full=(0.003, 0.01, 0.03), quick=(0.01,))
         splits = profile.choose(full=3, quick=1)
         plans = {
