@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,6 +111,7 @@ def test_an_experiment_that_has_changed_begins_anew(ran, tmp_path):
     assert steps[0].again
     assert steps[0].done == 0
     assert read(tmp_path)["fingerprint"] == old
+    assert (tmp_path / f"invented.{'0' * 12}.json").read_text("utf-8").count('"seed"') == 15
 
 
 def test_results_of_another_profile_or_nature_are_not_touched(ran, tmp_path):
@@ -145,10 +147,21 @@ def test_a_trial_that_raises_stops_no_other(tmp_path):
     assert [(f.claim, f.trial.seed) for f in failures] == [(invented.Failing, 1)] * 3
     assert "ArithmeticError: an odd seed" in failures[0].reason
     assert [each.missing for each in conclusions] == [3, 0]
-    assert conclusions[0].reason() == "3 trials have yet to run"
+    assert conclusions[0].reason() == "3 trials yet to run"
+    assert "in run\n" in (tmp_path / "failures.txt").read_text("utf-8")  # the trial's own line
     assert len(read(tmp_path, "failing")["trials"]) == 3
     assert not (tmp_path / "failing.svg").exists()
     assert (tmp_path / "invented.svg").exists()
+
+
+def test_a_conclusion_that_raises_loses_no_number(tmp_path, monkeypatch):
+    broken = replace(invented.Invented.hypotheses[0], effect=lambda results: [1 / 0])
+    monkeypatch.setattr(invented.Invented, "hypotheses", (broken,))
+    conclusions, failures = run_claims([invented.Invented], FULL, tmp_path, processes=1)
+    assert not conclusions
+    assert [(f.claim, f.trial) for f in failures] == [(invented.Invented, None)]
+    assert "ZeroDivisionError" in failures[0].reason
+    assert len(read(tmp_path)["trials"]) == 15
 
 
 def test_a_process_that_dies_loses_nothing_of_the_others(tmp_path):

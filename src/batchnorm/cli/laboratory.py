@@ -61,11 +61,14 @@ def _equipped(command: Callable[P, None]) -> Callable[P, None]:
 
 
 @lab.callback(invoke_without_command=True)
-@_equipped
 def claims(context: typer.Context) -> None:
     """List the claims, run their experiments, and make a page of what they say."""
-    if context.invoked_subcommand is not None:
-        return
+    if context.invoked_subcommand is None:
+        _list_claims()
+
+
+@_equipped
+def _list_claims() -> None:
     from batchnorm.lab.claims import CLAIMS
 
     table = Table(Column("", justify="right"), "name", "claim", box=None)
@@ -171,16 +174,20 @@ def run(
             progress.stop()
             complain(f"interrupted; what had run is in {directory}: run again to go on")
             raise typer.Exit(INTERRUPTED) from None
-        except (RecordError, RuntimeError) as error:
+        except RecordError as error:
             progress.stop()
             refuse(str(error))
+        except RuntimeError as error:
+            progress.stop()
+            complain(str(error))
+            raise typer.Exit(1) from None
         except OSError as error:
             progress.stop()
-            refuse(f"cannot write into {directory}: {error.strerror}")
+            refuse(f"cannot use {error.filename or directory}: {error.strerror}")
     _print(conclusions)
     typer.echo(f"\nResults and figures: {directory}. One page of them: batchnorm lab report")
     if failures:
-        _complain_of(failures)
+        _complain_of(failures, directory)
         raise typer.Exit(1)
 
 
@@ -232,7 +239,7 @@ def report(
     except RecordError as error:
         refuse(str(error))
     except OSError as error:
-        refuse(f"cannot write {page}: {error.strerror}")
+        refuse(f"cannot use {error.filename or page}: {error.strerror}")
     _print(conclusions)
     typer.echo(f"\n{page}")
 
@@ -277,8 +284,10 @@ def _print(conclusions: Sequence[Conclusion]) -> None:
         console.print(table)
 
 
-def _complain_of(failures: Sequence[Failure]) -> None:
+def _complain_of(failures: Sequence[Failure], directory: Path) -> None:
     for failure in failures[:5]:
-        complain(f"{failure.claim.name} failed in {failure.trial}: {failure.reason}")
+        where = failure.trial or "its conclusion"
+        complain(f"{failure.claim.name} failed in {where}: {failure.reason}")
     if len(failures) > 5:
-        complain(f"and {len(failures) - 5} more trials failed")
+        complain(f"and {len(failures) - 5} more failed")
+    complain(f"where they failed stands in {directory / 'failures.txt'}")

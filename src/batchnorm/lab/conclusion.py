@@ -10,7 +10,7 @@ from batchnorm.lab.claim import AnyClaim
 from batchnorm.lab.fingerprint import fingerprint
 from batchnorm.lab.hypothesis import Answer, Judgement, Verdict, verdict_of
 from batchnorm.lab.profile import PROFILES, Profile
-from batchnorm.lab.record import Record
+from batchnorm.lab.record import Record, RecordError
 from batchnorm.lab.results import Results
 from batchnorm.report.summary import count
 
@@ -46,7 +46,8 @@ class Conclusion:
     def reason(self) -> str:
         """Why the verdict is what it is, to be read behind it."""
         if self.missing:
-            return f"{self.missing} trials have yet to run"
+            changed = "" if self.is_current else "; the experiment has changed since this run"
+            return f"{count(self.missing, 'trial')} yet to run{changed}"
         if self.verdict is None:
             return f"the {self.record.profile} profile, {count(self.record.seeds, 'seed')}"
         if self.verdict is Verdict.SUPPORTED:
@@ -81,7 +82,16 @@ def conclude(claim: type[AnyClaim], record: Record) -> Conclusion:
     trials = list(claim().trials(profile))
     results = record.results(trials)
     missing = len(trials) - len(results)
-    judgements = () if missing else tuple(_judged(claim, results, profile))
+    is_current = record.fingerprint == fingerprint(claim)
+    try:
+        judgements = () if missing else tuple(_judged(claim, results, profile))
+    except (LookupError, ValueError) as error:
+        if is_current:
+            raise
+        raise RecordError(
+            f"the results of {claim.name} are of an earlier form of the experiment, which this one "
+            f"cannot read; batchnorm lab run {claim.name}"
+        ) from error
     is_judged = bool(judgements) and profile.is_full
     return Conclusion(
         claim,
@@ -90,7 +100,7 @@ def conclude(claim: type[AnyClaim], record: Record) -> Conclusion:
         judgements,
         verdict_of(judgements) if is_judged else None,
         missing,
-        record.fingerprint == fingerprint(claim),
+        is_current,
     )
 
 
@@ -99,8 +109,9 @@ def _judged(claim: type[AnyClaim], results: Results, profile: Profile) -> list[J
     for hypothesis in claim.hypotheses:
         try:
             judged.append(hypothesis.judge(results))
-        except LookupError:
-            if profile.is_full:
+        except LookupError as error:
+            # a KeyError is a mistake, not a setting that was left out
+            if profile.is_full or type(error) is not LookupError:
                 raise
     return judged
 

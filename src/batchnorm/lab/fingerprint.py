@@ -21,7 +21,8 @@ def fingerprint(claim: type[AnyClaim]) -> str:
     """Twelve hexadecimal digits of the claim's code and of what it uses of the laboratory's.
 
     Comments, docstrings, layout, the source and the claim's figure do not count; its hypotheses do,
-    so that a bar that is moved after the run is seen.
+    so that a bar that is moved after the run is seen. The library's layers, repairs and rules do
+    not: a record names the version instead.
     """
     digest = hashlib.sha256()
     for name in sorted(_reached(claim.__module__)):

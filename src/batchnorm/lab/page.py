@@ -6,6 +6,7 @@ import os
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
@@ -14,6 +15,7 @@ from markupsafe import Markup
 from batchnorm.lab.conclusion import Conclusion
 from batchnorm.lab.hypothesis import ENOUGH_SEEDS, Hypothesis, Judgement
 from batchnorm.lab.interval import LEVEL
+from batchnorm.lab.record import Record
 from batchnorm.report.scale import number
 from batchnorm.report.summary import count
 
@@ -52,7 +54,7 @@ def to_markdown(conclusions: Sequence[Conclusion], directory: Path, page: Path) 
         directory: Where the figures lie.
         page: Where the page will lie, which the links start from.
     """
-    folder = Path(os.path.relpath(directory.resolve(), page.resolve().parent)).as_posix()
+    folder = quote(Path(os.path.relpath(directory.resolve(), page.resolve().parent)).as_posix())
     lines = [
         "# What is said of batch normalization, measured",
         "",
@@ -95,19 +97,17 @@ def to_html(conclusions: Sequence[Conclusion], figures: Iterable[str]) -> str:
 
 def _about(conclusions: Sequence[Conclusion]) -> str:
     """How the page came to be, and how to read it."""
-    first = conclusions[0].record
+    records = [each.record for each in conclusions]
     seeds = sorted({each.record.seeds for each in conclusions})
     minutes = sum(done.seconds for each in conclusions for done in each.record.done.values()) / 60
     trials = sum(len(each.results) for each in conclusions)
-    machine = (
-        f"PyTorch {first.environment['torch']}, Python {first.environment['python']}, "
-        f"{first.environment['processor']}, device {first.device}"
-    )
+    machines = sorted({_machine(record) for record in records})
+    profiles = " and ".join(sorted({record.profile for record in records}))
     return (
-        f"Made by `batchnorm lab run all --profile {first.profile}` and `batchnorm lab report`: "
+        f"Made by `batchnorm lab run all --profile {profiles}` and `batchnorm lab report`: "
         f"{count(trials, 'trial')}, n = {' or '.join(map(str, seeds))} seeds, {minutes:,.0f} "
-        f"minutes of one core ({machine}). Each hypothesis was stated before the run, in the "
-        "claim's file. It "
+        f"minutes of one core ({'; '.join(machines)}). Each hypothesis was stated before the run, "
+        "in the claim's file. It "
         f"*holds* where the whole {LEVEL:.0%} interval of the mean over the seeds (Student's t; "
         "for ratios, ×, of the geometric mean) is beyond what was stated, *fails* where the whole "
         "of it is not, and is *open* where that is inside. A claim is *supported* where all its "
@@ -116,6 +116,13 @@ def _about(conclusions: Sequence[Conclusion]) -> str:
         "runs with other seeds shaped the experiments (networks, steps, rates; some settings were "
         "exchanged for ones that can answer), not the bars. "
         "The data and the networks are small: what is shown here holds for them."
+    )
+
+
+def _machine(record: Record) -> str:
+    of = record.environment
+    return (
+        f"PyTorch {of['torch']}, Python {of['python']}, {of['processor']}, device {record.device}"
     )
 
 

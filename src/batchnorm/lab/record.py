@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from batchnorm.lab.claim import AnyClaim, AnyTrial
 from batchnorm.lab.fingerprint import fingerprint
+from batchnorm.lab.profile import PROFILES
 from batchnorm.lab.results import Outcome, Results
 
 __all__ = ["Done", "Record", "RecordError", "key_of", "record_path"]
@@ -72,6 +74,8 @@ class Record:
                     f"{path} has results of form {read['version']}, this is {VERSION}; "
                     "measure again into another directory"
                 )
+            if read["profile"] not in PROFILES:
+                raise KeyError(read["profile"])
             done = [
                 Done(each["trial"], each["outcome"], each["seconds"]) for each in read["trials"]
             ]
@@ -155,6 +159,7 @@ def _environment() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
+        **{name: version(name) for name in ("batchnorm", "scikit-learn", "mlxtend")},
         "processor": _processor(),
     }
 

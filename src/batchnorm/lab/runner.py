@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,11 +20,11 @@ from filelock import FileLock, Timeout
 from batchnorm.lab.claim import AnyClaim, AnyTrial
 from batchnorm.lab.conclusion import Conclusion, conclude
 from batchnorm.lab.figures import to_svg
-from batchnorm.lab.fingerprint import fingerprint
 from batchnorm.lab.profile import Profile
 from batchnorm.lab.record import Record, RecordError, record_path
 from batchnorm.lab.results import Outcome
 from batchnorm.report.files import write_atomically
+from batchnorm.report.summary import count
 
 __all__ = ["Failure", "Step", "cores", "draw", "run_claims"]
 
@@ -47,11 +48,18 @@ class Step:
 
 @dataclass(frozen=True)
 class Failure:
-    """A trial that raised."""
+    """What raised: a trial or, of all of them, the conclusion. `trace`: where it did."""
 
     claim: type[AnyClaim]
-    trial: AnyTrial
+    trial: AnyTrial | None
     reason: str
+    trace: str
+
+    @classmethod
+    def of(cls, claim: type[AnyClaim], trial: AnyTrial | None, error: Exception) -> Failure:
+        """Told by its exception."""
+        trace = "".join(traceback.format_exception(error))
+        return cls(claim, trial, f"{type(error).__name__}: {error}", trace)
 
 
 @dataclass
@@ -64,13 +72,19 @@ class _Job:
     total: int
     waiting: int
     saved: float = 0.0
+    conclusion: Conclusion | None = None
 
-    def save(self) -> Conclusion:
-        """Write the results, and the figure where they are all there."""
-        conclusion = conclude(self.claim, self.record)
-        write_atomically(self.path, self.record.text(conclusion.as_json()))
+    def save(self) -> None:
+        """Write what was measured; nothing that is made of it may lose it."""
+        unfinished = {"verdict": None, "reason": f"{count(self.waiting, 'trial')} yet to run"}
+        write_atomically(self.path, self.record.text(unfinished))
         self.saved = time.monotonic()
+
+    def conclude(self) -> Conclusion:
+        """Judge it, and where all has run write the answers and draw the figure."""
+        conclusion = conclude(self.claim, self.record)
         if not conclusion.missing:
+            write_atomically(self.path, self.record.text(conclusion.as_json()))
             draw(conclusion, self.path.parent)
         return conclusion
 
@@ -98,7 +112,7 @@ def run_claims(
         notify: Is told of every trial that has run, and of every claim at the beginning.
 
     Returns:
-        A conclusion for each claim, and the trials that raised.
+        A conclusion for each claim, and what raised; where it did stands in `failures.txt`.
 
     Raises:
         RecordError: The directory holds results of another profile or device, or something else;
@@ -111,7 +125,7 @@ def run_claims(
         return _run(claims, profile, directory, device, processes, notify)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _alone(directory: Path) -> Iterator[None]:
     """Nobody else writes results there meanwhile: each run holds in memory what it will write."""
     lock = FileLock(directory / ".lock")
@@ -124,8 +138,9 @@ def _alone(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        # before another can hold it, or there would be two locks
         Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _run(
@@ -150,7 +165,21 @@ def _run(
         if waiting:
             _work_off(waiting, device, processes, notify, failures)
     finally:
-        conclusions = [job.save() for job in jobs]
+        for job in jobs:
+            if job.conclusion is None:
+                job.save()
+    conclusions = []
+    for job in jobs:
+        try:
+            conclusions.append(job.conclusion or job.conclude())
+        except RecordError:
+            raise
+        except Exception as error:
+            failures.append(Failure.of(job.claim, None, error))
+    told = directory / "failures.txt"
+    told.unlink(missing_ok=True)
+    if failures:
+        write_atomically(told, "\n".join(f"{f.claim.name}: {f.trial}\n{f.trace}" for f in failures))
     return conclusions, failures
 
 
@@ -164,7 +193,7 @@ def draw(conclusion: Conclusion, directory: Path) -> Path:
 def _record(
     claim: type[AnyClaim], path: Path, profile: Profile, device: str
 ) -> tuple[Record, bool]:
-    """What there is already, and whether it was put aside for being of another experiment."""
+    """What there is already; results of another make are put aside, which the second says."""
     new = Record.new(claim, profile.name, profile.seeds, device)
     if not path.exists():
         return new, False
@@ -175,7 +204,8 @@ def _record(
             raise RecordError(
                 f"{path} has results of the {what} {have}, not {want}; give another --output"
             )
-    if old.fingerprint != fingerprint(claim):
+    if old.fingerprint != new.fingerprint:
+        path.rename(path.with_suffix(f".{old.fingerprint}.json"))
         return new, True
     old.seeds = profile.seeds
     return old, False
@@ -205,13 +235,15 @@ def _work_off(
                     "to go on, with --processes 1 to need less"
                 ) from None
             except Exception as error:
-                failures.append(Failure(job.claim, trial, f"{type(error).__name__}: {error}"))
+                failures.append(Failure.of(job.claim, trial, error))
             job.waiting -= 1
-            conclusion = None
             if not job.waiting or time.monotonic() > job.saved + _BETWEEN_SAVES:
-                conclusion = job.save()
-            ended = None if job.waiting else conclusion
-            notify(Step(job.claim, job.total - job.waiting, job.total, conclusion=ended))
+                job.save()
+            if not job.waiting:
+                with contextlib.suppress(Exception):  # told at the end, where it is tried again
+                    job.conclusion = job.conclude()
+            done = job.total - job.waiting
+            notify(Step(job.claim, done, job.total, conclusion=job.conclusion))
     finally:
         pool.shutdown(cancel_futures=True)
 
