@@ -88,7 +88,8 @@ class HigherLearningRates(Claim[Trial]):
     stands for the largest stable one.
 
     Ioffe & Szegedy raise the rate 5 and 30 times with batch norm, and say that without it a 5
-    times higher one does not train; half of such a 5 is the bar's size.
+    times higher one does not train. The number takes powers of two alone: where all seeds have
+    the same, the interval is a point, and the grid's step is what is not known.
     """
 
     number = 2

@@ -131,6 +131,8 @@ class RegularizesByNoise(Claim[Trial]):
     the running statistics have been made those of all training images: those that small batches
     leave behind are noisy themselves. Where all training images are learned the gap is the test
     error.
+
+    Steps: 250. Learning rates: 0.03, 0.1, 0.3 and 1.
     """
 
     number = 4

@@ -107,11 +107,14 @@ class SmoothsOptimization(Claim[Trial]):
     Both arms try the same six learning rates, and are judged twice: both at the rate at which the
     network without batch norm has the best accuracy on the validation images, and each at its own
     such rate, where the steps of a network with batch norm may be longer.
+
+    At its own best rate a network with batch norm takes larger steps: these make the range of the
+    loss and the distance of gradients larger, and β, which is divided by the step, smaller.
     """
 
     number = 5
     name = "smooths-optimization"
-    source = "Santurkar, Tsipras, Ilyas & Mądry 2018, section 3.1 and Figure 4"
+    source = "Santurkar, Tsipras, Ilyas & Mądry 2018, section 3 and Figure 4"
     hypotheses = tuple(
         Hypothesis(
             f"plain network, 8 layers, {how}",

@@ -153,7 +153,7 @@ class InternalCovariateShift(Claim[Trial]):
     name = "internal-covariate-shift"
     source = (
         "Ioffe & Szegedy 2015, sections 2 and 4.1, Figure 1; "
-        "Santurkar, Tsipras, Ilyas & Mądry 2018, section 2.2, definition 2.1 and Figure 2"
+        "Santurkar, Tsipras, Ilyas & Mądry 2018, section 2.2, definition 2.1 and Figure 3"
     )
     hypotheses = tuple(
         Hypothesis(

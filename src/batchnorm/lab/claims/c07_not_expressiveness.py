@@ -135,6 +135,8 @@ class NotExpressiveness(Claim[Trial]):
     Both arms try the same five rates. Random labels have no validation set: there is nothing to
     learn but the labels themselves, and how many can be fitted is the question, so the rates are
     chosen by what is measured.
+
+    Folding is measured at the rate at which most labels are fitted.
     """
 
     number = 7

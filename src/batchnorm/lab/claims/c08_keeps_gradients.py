@@ -107,6 +107,8 @@ class KeepsGradients(Claim[Trial]):
     near 1 for the layers' Jacobians; a spread below 10 is a modest form of it. Against it
     stands the mean field theory of Yang et al. 2019: in plain networks with ReLU, gradients
     *grow* by 1.21 a layer from the last to the first because of batch norm, and depth is bounded.
+
+    The shortcuts of the residual networks keep PyTorch's initialization whatever the gain.
     """
 
     number = 8

@@ -169,6 +169,9 @@ class StableStatistics(Claim[Trial]):
     worth fewer values; images resemble each other, which makes it worth more, as the same
     places then have the same values in every batch. The last hypothesis is that the first
     outweighs; the figure shows the same number for all layers of the network.
+
+    As batches are drawn independently, the slope of −1 and the bias of the perceptron's layer are
+    what theory says they must be: these hypotheses check the measurement as much as the claim.
     """
 
     number = 10

@@ -136,6 +136,8 @@ class LeaksOverTime(Claim[Trial]):
     *Marked text* has something to read: the middle character of every window is an "a", and a coin
     for each batch turns it and all that follows into ROT13, so that it is an "n". Whoever sees the
     past alone pays ln 2 = 0.69 nats for it.
+
+    Steps: 400. Learning rates: 0.03, 0.1, 0.3 and 1.
     """
 
     number = 16

@@ -141,6 +141,8 @@ class DistributionShift(Claim[Trial]):
     images those of three digits are answered before and after recalibration on the validation
     images of the same three. The network with group norm, tuned alike, has no statistics to shift
     and stands beside.
+
+    Steps: 300. Learning rates: 0.03, 0.1, 0.3 and 1.
     """
 
     number = 18
