@@ -113,7 +113,7 @@ def averaged_weights(data: Split, steps: int, seed: int, *, is_wrong: bool) -> M
 
 
 def half_frozen(data: Split, steps: int, seed: int, *, is_wrong: bool) -> Made:
-    """A new head learns inverted images on frozen features, which the old head shares."""
+    """The head learns inverted images on frozen features, and is then put back as it was."""
     network = network_for(data)
     learn(network, drawn(data.train, BATCH, steps, seed))
     old = copy.deepcopy(network.head)

@@ -52,8 +52,9 @@ class Pitfalls(Claim[Trial]):
     *Inference with statistics not its own.* Images are answered one by one in training mode
     (BN108); parameters are saved without buffers (BN106); a momentum of 0.001 is not through
     (BN103); the weights of all steps are averaged and the statistics are the last step's (BN105,
-    against recalibration); a new head learns inverted images on features whose parameters alone are
-    frozen, and the old head no longer gets what it knew (BN102, against `freeze`).
+    against recalibration); the head goes on to learn inverted images on features whose parameters
+    alone are frozen, and, put back as it was, no longer gets what it knew (BN102, against
+    `freeze`).
 
     *Training on batches unlike the data.* A perceptron sees as many samples in batches of 2, at a
     rate as much smaller (BN110); images lie sorted by class and only batches are shuffled (BN124;
