@@ -233,7 +233,8 @@ class LeaksOverTime(Claim[Trial]):
     def figure(self, results: Results) -> Figure:
         """The leak and what it costs, against the size of the batch."""
         figure, axes = panels(
-            *("Earlier logits moved", "Read ahead", "Loss of test windows", "Loss of the mark")
+            *("Earlier logits moved", "Read ahead", "Loss of test windows", "Loss of the mark"),
+            rows=2,
         )
         sizes = results.where(text="plain").distinct("batch")
 
@@ -257,7 +258,7 @@ class LeaksOverTime(Claim[Trial]):
         }
         bars(axes[3], list(marks), list(marks.values()), arms=["batch", "batch", "layer"])
         axes[3].axhline(math.log(2), color="black", linestyle=":", linewidth=1)
-        axes[3].set_ylim(0, 1)
+        axes[3].set_ylim(bottom=0)
         axes[3].set_ylabel("nats")
         for axis in axes[:3]:
             axis.set_xscale("log", base=2)
