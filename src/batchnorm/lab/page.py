@@ -112,9 +112,8 @@ def _about(conclusions: Sequence[Conclusion]) -> str:
         "for ratios, ×, of the geometric mean) is beyond what was stated, *fails* where the whole "
         "of it is not, and is *open* where that is inside. A claim is *supported* where all its "
         "hypotheses hold, *not supported* where none does, and else *depends*. Nothing of this is "
-        f"written by hand, and there is no verdict from fewer than {ENOUGH_SEEDS} seeds. Pilot "
-        "runs with other seeds shaped the experiments (networks, steps, rates; some settings were "
-        "exchanged for ones that can answer), not the bars. "
+        f"written by hand, and there is no verdict from fewer than {ENOUGH_SEEDS} seeds. What was "
+        "changed after pilot runs, of other seeds, or after a first run is said in the protocols. "
         "The data and the networks are small: what is shown here holds for them."
     )
 

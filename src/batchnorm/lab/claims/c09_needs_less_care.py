@@ -103,6 +103,9 @@ class NeedsLessCare(Claim[Trial]):
 
     The largest rate that trains is one of the grid, whose steps are about 3: a ratio of 1.5 asks
     for one step more.
+
+    Changed after pilot runs: smaller networks, more steps and fewer rates, as the plain one did not
+    train.
     """
 
     number = 9

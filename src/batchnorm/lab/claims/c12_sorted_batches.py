@@ -146,6 +146,9 @@ class SortedBatches(Claim[Trial]):
 
     Steps: 400. Learning rates: 0.003, 0.01, 0.03 and 0.1. The recalibrated network is judged at the
     rate that is best for it when it has been recalibrated.
+
+    Changed after pilot runs: smaller rates, and at which of them the recalibrated network is
+    judged.
     """
 
     number = 12

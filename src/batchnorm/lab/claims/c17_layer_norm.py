@@ -200,6 +200,8 @@ class LayerNorm(Claim[Trial]):
 
     Steps: 240 for images, 400 for text, 120 for the policy. Learning rates: 0.03, 0.1, 0.3 and 1
     for images; 0.001, 0.003, 0.01 and 0.03 for text; 0.0003, 0.003, 0.01 and 0.03 for the policy.
+
+    Changed after pilot runs: shorter episodes, more rates and a smaller momentum for the policy.
     """
 
     number = 17

@@ -67,6 +67,10 @@ class Pitfalls(Claim[Trial]):
 
     The auditor, with the rule in brackets, watches or looks at both: it should find the mistake
     where it was made, and nothing where it was not.
+
+    Changed after a pilot run: one hypothesis for each mistake, with a bar of 1 point, in place of
+    three on the means of the kinds, with bars of 5, 2 and 1; how batches of 2 are trained on, and
+    how weights are averaged.
     """
 
     number = 21
