@@ -11,19 +11,12 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from multiprocessing import forkserver, get_context
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import pytest
 import torch
 import torch.distributed as dist
 
-from processes import free_port
-
-# one process loads what all others need, and forks them
-_processes = get_context("forkserver")
-_processes.set_forkserver_preload(["warmed"])
+from processes import forked, free_port, start_server
 
 STARTING = 60.0  # seconds that a busy machine may need to start them
 
@@ -63,15 +56,15 @@ def outcomes(
     - `first_keeps_store`: whether rank 0 holds the group's store; else this process does, as
       torchrun's does.
     """
-    _start_server()
-    ready = _processes.Barrier(world)
+    start_server()
+    ready = forked.Barrier(world)
     port = free_port()
     store = None if first_keeps_store else _store(port, True)
     ranks = []
     for rank in range(world):
-        ours, theirs = _processes.Pipe(duplex=False)
+        ours, theirs = forked.Pipe(duplex=False)
         meeting = _Meeting(rank, world, port, first_keeps_store and rank == 0, limit, ready)
-        process = _processes.Process(target=_rank, args=(meeting, theirs, work, args))
+        process = forked.Process(target=_rank, args=(meeting, theirs, work, args))
         process.start()
         theirs.close()
         ranks.append((process, ours))
@@ -82,13 +75,6 @@ def outcomes(
         for process, _ in ranks:
             process.kill()
         del store
-
-
-def _start_server() -> None:
-    """It must find the module that it loads; before Python 3.13 it does not get `sys.path`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-        forkserver.ensure_running()
 
 
 def die() -> NoReturn:
