@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from batchnorm.audit.evidence import Evidence
@@ -17,6 +17,7 @@ __all__ = ["SortedBatches", "likeness"]
 
 SHUFFLES = 1999
 SURE = 0.0005  # chance of a false alarm in each of two tests; with so many shuffles the least
+AT_ONCE = 2**18  # numbers that are shuffled: 2 MB
 HARMFUL = 2.0  # times the spread of batch means that shuffled samples would have
 
 
@@ -115,14 +116,20 @@ def likeness(batches: list[Float[Tensor, "_ c"]]) -> Likeness:
     members = torch.repeat_interleave(torch.arange(k), sizes)
     generator = torch.Generator().manual_seed(0)
 
-    def ratio(order: Tensor) -> float:
-        sums = torch.zeros(k, samples.shape[1], dtype=samples.dtype)
-        sums.index_add_(0, members, samples[order])
-        between = (sums.square().sum(1) / sizes).sum()
+    def ratios(orders: Int[Tensor, "s n"]) -> Float[Tensor, " s"]:
+        rows = (members + k * torch.arange(len(orders))[:, None]).flatten()
+        sums = torch.zeros(k * len(orders), samples.shape[1], dtype=samples.dtype)
+        sums.index_add_(0, rows, samples[orders.flatten()])
+        between = (sums.square().sum(1).view(-1, k) / sizes).sum(1)
         within = total - between
-        return float(between / (k - 1) / (within / (n - k)).clamp(min=1e-300))
+        return between / (k - 1) / (within / (n - k)).clamp(min=1e-300)
 
-    observed = ratio(torch.arange(n))
-    shuffled = [ratio(torch.randperm(n, generator=generator)) for _ in range(SHUFFLES)]
-    as_far = sum(other >= observed for other in shuffled)
-    return Likeness(observed, (1 + as_far) / (1 + SHUFFLES), as_far)
+    observed = ratios(torch.arange(n)[None])
+    left, as_far = SHUFFLES, 0
+    while left:
+        # many at once, where they are small: most of the time of one would be PyTorch's own
+        some = min(left, max(1, AT_ONCE // samples.numel()))
+        orders = [torch.randperm(n, generator=generator) for _ in range(some)]
+        as_far += int((ratios(torch.stack(orders)) >= observed).sum())
+        left -= some
+    return Likeness(float(observed), (1 + as_far) / (1 + SHUFFLES), as_far)
