@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from functools import partial
 from weakref import ref
 
 import torch
@@ -162,17 +163,17 @@ class LayerHistory:
         takes = step <= FIRST_GRADIENTS or step % self.gradients_every == 1
         if not takes and self.leads is None:
             return  # the model's first layer counts for all
-
-        def hook(gradient: Tensor) -> None:
-            try:
-                self.note_backward()
-                if takes:
-                    self.note_gradient(step, gradient.detach())
-            except Exception as error:  # the user's backward pass must go on
-                self.failed = f"{type(error).__name__}: {error}"
-
+        hook = partial(self._hear, step, takes)
         unserializable_hook(hook)  # saving the output is to warn of nothing
         output.register_hook(hook)
+
+    def _hear(self, step: int, takes: bool, gradient: Tensor) -> None:
+        try:
+            self.note_backward()
+            if takes:
+                self.note_gradient(step, gradient.detach())
+        except Exception as error:  # the user's backward pass must go on
+            self.failed = f"{type(error).__name__}: {error}"
 
     def listen_in_eval(self, output: Tensor) -> None:
         """Count backward passes through a layer in eval mode: it is part of what trains."""
