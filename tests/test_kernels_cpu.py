@@ -14,21 +14,13 @@ from hypothesis import strategies as st
 import oracle
 from batchnorm.kernels import ACTIVATIONS, Activation, Epilogue, backend_for, cpu, reference
 from batchnorm.kernels.cpu import plan as planning
-from batchnorm.kernels.cpu.plan import layout_of, plan_of
+from batchnorm.kernels.cpu.plan import plan_of
+from batchnorm.kernels.layout import layout_of
 from batchnorm.moments import Moments
+from processes import in_a_process
 from strategies import lay_out
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-
-
-def in_a_process(code, **variables):
-    environment = {**os.environ, **variables}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 FORWARD = """
@@ -241,7 +233,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    want = "BATCHNORM_KERNELS must be reference or not set, got 'numba'"
+    want = "BATCHNORM_KERNELS must be reference, interpreter or not set, got 'numba'"
     assert in_a_process(code, BATCHNORM_KERNELS="numba") == want
 
 

@@ -18,7 +18,8 @@ from batchnorm.kernels.contract import (
 )
 from batchnorm.kernels.cpu.launcher import STORAGE, Settings, launch
 from batchnorm.kernels.cpu.library import reason_without
-from batchnorm.kernels.cpu.plan import Plan, layout_of, plan_of
+from batchnorm.kernels.cpu.plan import Plan, plan_of
+from batchnorm.kernels.layout import empty_beside, fitting
 from batchnorm.moments import Moments
 
 __all__ = [
@@ -63,7 +64,7 @@ def moments(x: Tensor, mask: Tensor | None = None, groups: int = 1) -> Moments:
 def apply(x: Tensor, coefficients: Coefficients, epilogue: Epilogue) -> Tensor:
     """y = act((x − center)·scale + shift + residual)."""
     x, plan = _planned(x, groups_of(coefficients.center), once=True)
-    y = _new(x, plan)
+    y = empty_beside(x, plan)
     launch(
         "forward", plan, x.dtype, _settings(epilogue, known=True), x=x, y=y,
         residual=_residual(epilogue, x, plan), **_coefficients(coefficients, x),
@@ -93,7 +94,7 @@ def backward_apply(
     """dx = scale·(g + (x − center)·slope + offset)."""
     assert epilogue.residual is None
     x, plan = _planned(x, groups_of(coefficients.center), once=True)
-    dx, dtype = _new(x, plan), compute_dtype(x)
+    dx, dtype = empty_beside(x, plan), compute_dtype(x)
     launch(
         "backward_apply", plan, x.dtype, _settings(epilogue), dx=dx, slope=_as(slope, dtype),
         offset=_as(offset, dtype), **_operands(dy, x, plan, epilogue),
@@ -113,7 +114,7 @@ def forward(
 ) -> tuple[Tensor, Moments]:
     """`moments`, where none are given, and `apply`."""
     x, plan = _planned(x, groups, once=given is not None)
-    y, dtype = _new(x, plan), compute_dtype(x)
+    y, dtype = empty_beside(x, plan), compute_dtype(x)
     known = given is not None or not plan.is_fused
     if given is None:
         batch = _unknown(plan)
@@ -143,7 +144,7 @@ def backward(
 ) -> Gradients:
     """`backward_reduce` and `backward_apply`; in one sweep where the moments are constants."""
     x, plan = _planned(x, groups_of(moments.mean), once=frozen)
-    dx, dtype, batch = _new(x, plan), compute_dtype(x), _as_read(moments)
+    dx, dtype, batch = empty_beside(x, plan), compute_dtype(x), _as_read(moments)
     d_weight = _empty((plan.channels,), dtype) if affine and weight is not None else None
     d_bias = _empty((plan.channels,), dtype) if affine and bias is not None else None
     operands = {
@@ -207,21 +208,6 @@ def _planned(x: Tensor, groups: int, *, once: bool = False) -> tuple[Tensor, Pla
     return x, plan
 
 
-def _new(x: Tensor, plan: Plan) -> Tensor:
-    """An output for x, in strides that the plan can walk; as a rule those of `empty_like`."""
-    y = torch.empty_like(x)
-    if y.stride() == x.stride():
-        return y
-    layout = layout_of(plan.shape, y.stride())
-    if layout is not None and plan.fits(layout):
-        return y
-    # x's values overlap or have gaps, and without them fall into an order of their own
-    if plan.channels_last:
-        n, c, *positions = plan.shape
-        return _empty((n, *positions, c), x.dtype).movedim(-1, 1)
-    return _empty(plan.shape, x.dtype)
-
-
 def _settings(epilogue: Epilogue, eps: float = 0.0, **others: bool) -> Settings:
     return Settings(eps, epilogue.act.name, epilogue.act.parameter, **others)
 
@@ -231,15 +217,8 @@ def _residual(epilogue: Epilogue, x: Tensor, plan: Plan) -> Tensor | None:
 
 
 def _fitting(tensor: Tensor, x: Tensor, plan: Plan) -> Tensor:
-    """A tensor of x's shape as it is where the plan fits its strides and dtype, else a copy."""
-    if tensor.dtype == x.dtype and not tensor.is_neg():
-        stride = tensor.stride()
-        if stride == x.stride():
-            return tensor
-        layout = layout_of(plan.shape, stride)
-        if layout is not None and plan.fits(layout):
-            return tensor
-    return _new(x, plan).copy_(tensor)
+    """A tensor of x's shape as the loops read it: in their layouts and of x's dtype."""
+    return fitting(tensor if tensor.dtype == x.dtype else tensor.to(x.dtype), x, plan)
 
 
 def _unknown(plan: Plan) -> Moments:
@@ -261,7 +240,7 @@ def _moments(x: Tensor, plan: Plan, batch: Moments) -> None:
 def _operands(dy: Tensor, x: Tensor, plan: Plan, epilogue: Epilogue) -> dict[str, Tensor | None]:
     """What every backward kernel takes."""
     residual = _residual(epilogue, x, plan)
-    g = None if residual is None else _new(x, plan)
+    g = None if residual is None else empty_beside(x, plan)
     return {"x": x, "dy": _fitting(dy, x, plan), "residual": residual, "g": g}
 
 

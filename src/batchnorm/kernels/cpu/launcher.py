@@ -21,7 +21,8 @@ from batchnorm.kernels.cpu.library import (
     Variant,
     address_of,
 )
-from batchnorm.kernels.cpu.plan import Plan, layout_of
+from batchnorm.kernels.cpu.plan import Plan
+from batchnorm.kernels.layout import layout_of
 
 __all__ = ["NO_SETTINGS", "STORAGE", "Settings", "launch"]
 

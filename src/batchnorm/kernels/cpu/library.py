@@ -6,11 +6,12 @@ Numba is imported here alone, and only when the first kernel is asked for.
 from __future__ import annotations
 
 import hashlib
-import os
 import types
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from batchnorm.kernels.switch import switched_to
 
 __all__ = [
     "ADDRESSES",
@@ -58,15 +59,10 @@ class Variant(NamedTuple):
 
 @cache
 def reason_without() -> str | None:
-    """Why there are no compiled kernels here; None where there are.
-
-    Raises `ValueError` for a value of `BATCHNORM_KERNELS` that there is not.
-    """
-    wanted = os.environ.get("BATCHNORM_KERNELS", "")
-    if wanted == "reference":
-        return "switched off by BATCHNORM_KERNELS=reference"
-    if wanted:
-        raise ValueError(f"BATCHNORM_KERNELS must be reference or not set, got {wanted!r}")
+    """Why there are no compiled kernels here; None where there are."""
+    wanted = switched_to()
+    if wanted is not None:
+        return f"switched off by BATCHNORM_KERNELS={wanted}"
     try:
         import numba  # noqa: F401
     except ImportError as error:

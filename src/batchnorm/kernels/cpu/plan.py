@@ -10,7 +10,9 @@ import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-__all__ = ["LARGEST_PITCH", "Layout", "Plan", "layout_of", "plan_of"]
+from batchnorm.kernels.layout import Layout, layout_of
+
+__all__ = ["LARGEST_PITCH", "Plan", "plan_of"]
 
 ROOM = 2048  # channels of a block, or columns, at most
 MARGIN = 40  # between the arrays of a block's numbers, lest they share their cache sets
@@ -27,42 +29,6 @@ TASKS = 64
 FEW = 8  # tasks are enough to share
 TASK = 2**16  # values: less is not worth a task of its own
 SEGMENT = 2**17  # values: each segment leaves two numbers for every channel
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Strides, in values, of a tensor (n, c, *positions) that the kernels can walk."""
-
-    channels_last: bool
-    outer: int  # from sample to sample; channels last: from position to position
-    inner: int  # from channel to channel
-
-
-@lru_cache(maxsize=4096)
-def layout_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> Layout | None:
-    """The layout, where positions follow each other, or channels do; else None."""
-    n, c, *positions = shape
-    length = math.prod(positions)
-    step = expected = None
-    for size, distance in zip(reversed(positions), reversed(stride[2:]), strict=True):
-        if size == 1:
-            continue
-        if step is None:
-            step = expected = distance
-        if distance != expected:
-            return None
-        expected *= size
-    if step == 1:
-        return Layout(False, stride[0], stride[1])
-    if c > 1 and stride[1] != 1:
-        return None
-    if c == 1 and step is not None:  # with gaps; an output without them would be walked otherwise
-        return None
-    if step is None:  # one position
-        return Layout(True, stride[0], 1)
-    if n > 1 and stride[0] != length * step:
-        return None
-    return Layout(True, step, 1)
 
 
 @dataclass(frozen=True, eq=False)  # one object a plan, so that looking it up is cheap
