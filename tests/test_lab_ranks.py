@@ -1,8 +1,12 @@
 """Real processes of the lab: what they give, and what becomes of one that fails."""
 
+import time
+from threading import Thread
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from batchnorm.lab.ranks import run_on_ranks
 
@@ -25,6 +29,14 @@ def test_every_rank_answers_in_its_place():
     assert found == expected
 
 
-def test_what_one_rank_raises_ends_all():
-    with pytest.raises(Exception, match="rank 1 has had enough"):
-        run_on_ranks(failing, 2)
+def failing_and_lingering(rank, world):
+    if rank == 1:  # its process ends long after the other one has lost it
+        Thread(target=time.sleep, args=(30,)).start()
+    failing(rank, world)
+
+
+@pytest.mark.parametrize("function", [failing, failing_and_lingering])
+def test_what_one_rank_raises_ends_all(function):
+    with pytest.raises(ProcessRaisedException, match="rank 1 has had enough") as raised:
+        run_on_ranks(function, 2)
+    assert raised.value.error_index == 1

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 __all__ = ["run_on_ranks"]
 
@@ -37,7 +41,8 @@ def run_on_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[A
         What each rank's call gave, as JSON holds it.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: A rank raised; the others are ended.
+        torch.multiprocessing.ProcessRaisedException: A rank raised; the others are ended. It
+            says what the first one raised, not what others did when they lost it.
         TimeoutError: They took more than ten minutes, and are ended.
     """
     with TemporaryDirectory() as name:
@@ -49,6 +54,11 @@ def run_on_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[A
             while not context.join(timeout=1.0):
                 if time.monotonic() > end:
                     raise TimeoutError(f"{world} ranks took more than {LIMIT:.0f} seconds")
+        except ProcessRaisedException:
+            first = _first_error(directory)
+            if not first.exists():
+                raise
+            raise ProcessRaisedException(*json.loads(first.read_text())) from None
         finally:
             for process in context.processes:
                 if process.is_alive():
@@ -59,6 +69,18 @@ def run_on_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[A
 
 def _answer(directory: Path, rank: int) -> Path:
     return directory / f"{rank}.json"
+
+
+def _first_error(directory: Path) -> Path:
+    return directory / "error.json"
+
+
+def _say_if_first(directory: Path, rank: int) -> None:
+    """Leave the words of the exception being handled, whole, unless another rank has."""
+    words = directory / f"{rank}.error.json"
+    words.write_text(json.dumps([f"rank {rank}: {traceback.format_exc()}", rank, os.getpid()]))
+    with suppress(FileExistsError):
+        _first_error(directory).hardlink_to(words)
 
 
 def _rank(
@@ -75,6 +97,9 @@ def _rank(
     try:
         _answer(directory, rank).write_text(json.dumps(function(rank, world, *args)))
         dist.barrier()  # who leaves early takes the meeting place along
+    except Exception:
+        _say_if_first(directory, rank)  # before the others lose the connection, and raise too
+        raise
     finally:
         gc.collect()  # a reducer in a cycle goes before its process group
         dist.destroy_process_group()
