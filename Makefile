@@ -3,16 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help browser demo test check format bench evidence clean
+.PHONY: help browser demo test check format bench bench-gpu evidence clean
 
 help:  ## Show the targets.
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 # pip 25.1 is the first that knows dependency groups
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]' --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,gpu]' --group dev
 	touch $@
 
 demo: .venv/installed  ## Train on handwritten digits, watched; then with the classic mistake.
@@ -32,8 +32,8 @@ browser:
 	} || echo "No Chromium here, and none could be installed: the HTML report's browser tests are skipped."
 
 test: check browser  ## All checks and tests.
-	$(BIN)/pytest --numprocesses auto -m "not as_installed" --jaxtyping-packages=batchnorm,beartype.beartype
-	$(BIN)/pytest --numprocesses auto -m as_installed
+	$(BIN)/pytest --numprocesses auto --dist worksteal -m "not as_installed" --jaxtyping-packages=batchnorm,beartype.beartype
+	$(BIN)/pytest --numprocesses auto --dist worksteal -m as_installed
 
 format:  .venv/installed  ## Put the code into its form.
 	$(BIN)/ruff check --fix .
@@ -51,6 +51,14 @@ bench: .venv/installed  ## Run the benchmarks; nothing else should run meanwhile
 	$(BIN)/python benchmarks/sync.py --output benchmarks/sync.md
 	$(BIN)/python benchmarks/faults.py --output benchmarks/faults.md
 	$(BIN)/python docs/synchronization.py
+
+bench-gpu: .venv/installed  ## Run the GPU's benchmarks on this machine's GPU.
+	$(BIN)/python benchmarks/gpu_layers.py --shapes quick --no-compile
+	$(BIN)/python benchmarks/gpu_layers.py --output benchmarks/results/gpu_layers_bf16.md
+	$(BIN)/python benchmarks/gpu_step.py --output benchmarks/results/gpu_step.md
+	$(BIN)/python benchmarks/gpu_layers.py --layout contiguous --no-compile --output benchmarks/results/gpu_layers_bf16_contiguous.md
+	$(BIN)/python benchmarks/gpu_layers.py --dtype fp16 --no-compile --output benchmarks/results/gpu_layers_fp16.md
+	$(BIN)/python benchmarks/gpu_layers.py --dtype fp32 --no-compile --output benchmarks/results/gpu_layers_fp32.md
 
 evidence: .venv/installed  ## Run all claims of the lab and write docs/evidence.md; it goes on where it was.
 	$(BIN)/batchnorm lab run all --profile full --output docs/evidence

@@ -13,6 +13,7 @@ import torch
 
 from batchnorm.audit import RULES
 from batchnorm.cli import main
+from batchnorm.kernels.switch import switched_to
 
 CLEAN = """
 import torch
@@ -305,6 +306,14 @@ def test_doctor_names_what_runs_and_why(batchnorm, monkeypatch):
         "batchnorm.kernels.diagnosis.reason_without", lambda: "Numba is not installed; …"
     )
     assert "Numba is not installed" in batchnorm("doctor")[1]
+
+
+def test_doctor_says_in_a_line_that_there_are_no_such_kernels(batchnorm, monkeypatch):
+    monkeypatch.setenv("BATCHNORM_KERNELS", "nonsense")
+    monkeypatch.setattr("batchnorm.kernels.diagnosis.switched_to", switched_to.__wrapped__)
+    status, out, err = batchnorm("doctor")
+    assert (status, out) == (2, "")
+    assert "BATCHNORM_KERNELS must be reference, interpreter or not set, got 'nonsense'" in err
 
 
 MODELS = """

@@ -136,7 +136,10 @@ def rules(
 @app.command()
 def doctor() -> None:
     """Say which kernels run the layers on this machine, and why."""
-    facts = diagnose()
+    try:
+        facts = diagnose()
+    except ValueError as error:  # the environment asks for kernels that there are not
+        refuse(str(error))
     width = max(len(fact.about) for fact in facts)
     for fact in facts:  # no table, which would cut a path at the terminal's edge
         typer.echo(f"{fact.about:{width}}  {fact.finding}")

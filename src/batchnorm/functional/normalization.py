@@ -120,7 +120,8 @@ def normalize(
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     if composite.is_asked_for():
         return composite.normalize(x, mean, var, weight, bias, residual, mask, eps, activation)
-    wide = accumulator(x)  # as the kernels read them
+    # as the CPU's kernels read them; the GPU's take any, and a conversion would be a launch
+    wide = None if x.is_cuda else accumulator(x)
     constants = Moments.constant(operation.constant(mean, wide), operation.constant(var, wide))
     settings = Settings(True, 1, eps, activation.name, activation.parameter)
     return operation.normalize(x, residual, mask, weight, bias, constants, settings)[0]

@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import Tensor
 
-from batchnorm.kernels import cpu, reference
+from batchnorm.kernels import cpu, gpu, reference
 from batchnorm.kernels.activation import ACTIVATIONS, IDENTITY, Activation
 from batchnorm.kernels.contract import (
     NOTHING,
@@ -37,8 +37,8 @@ __all__ = [
     "compute_dtype",
 ]
 
-BACKENDS: list[Backend] = [cast("Backend", cpu), cast("Backend", reference)]
-"""Fastest first; the last serves everything."""
+BACKENDS: list[Backend] = [cast("Backend", cpu), cast("Backend", gpu), cast("Backend", reference)]
+"""For each machine the fast one; the last serves everything."""
 
 
 def backend_for(x: Tensor, epilogue: Epilogue) -> Backend:

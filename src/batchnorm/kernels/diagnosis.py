@@ -9,6 +9,8 @@ import torch
 
 from batchnorm.kernels.cpu import pool, reason_without
 from batchnorm.kernels.cpu.library import cache_folder
+from batchnorm.kernels.gpu import library as gpu_library
+from batchnorm.kernels.switch import INTERPRETER, switched_to
 
 __all__ = ["Fact", "diagnose"]
 
@@ -27,12 +29,32 @@ def diagnose() -> list[Fact]:
         Fact("PyTorch", torch.__version__),
         *_cpu(),
     ]
-    if torch.cuda.is_available():
-        facts.append(Fact("GPU", "reference: there are no compiled kernels for GPUs yet"))
+    for index in range(torch.cuda.device_count()):
+        facts += _gpu(torch.device("cuda", index))
     return facts
 
 
+def _gpu(device: torch.device) -> list[Fact]:
+    name = f"GPU {device.index}"
+    facts = [Fact(name, torch.cuda.get_device_name(device))]
+    reason = gpu_library.reason_without_on(device)
+    return [*facts, *_triton("", "compiled kernels", reason)]
+
+
+def _triton(about: str, how: str, reason: str | None) -> list[Fact]:
+    """What Triton's kernels do, unless there is a reason for them to do nothing."""
+    if reason is not None:
+        return [Fact(about, f"reference (PyTorch's operations): {reason}")]
+    return [
+        Fact(about, f"{how}: float32, bfloat16 and float16"),
+        Fact("", "reference: float64, and calls with a mask"),
+        Fact("Triton", gpu_library.version()),
+    ]
+
+
 def _cpu() -> list[Fact]:
+    if switched_to() == INTERPRETER:
+        return _triton("CPU", "the GPU's kernels, interpreted, slow", gpu_library.reason_without())
     reason = reason_without()
     if reason is not None:
         return [Fact("CPU", f"reference (PyTorch's operations): {reason}")]

@@ -124,6 +124,8 @@ def backward(
 
     Where the moments are constants, dx = s·g with s = γ/√(var + ε).
     """
+    wide = accumulator(x)  # constants come as they are kept
+    moments = Moments(moments.count, moments.mean.to(wide), moments.m2.to(wide))
     coefficients = coefficients_of(x, moments, weight, bias, eps)
     x, epilogue = _prepared(x, epilogue, coefficients)
     g = _through_activation(dy, x, coefficients, epilogue)
