@@ -180,16 +180,19 @@ OPTIMIZERS = {
 
 def step(model, optimizer, x):
     optimizer.zero_grad()
-    model(x).square().mean().backward()
+    (model(x) - x.flatten(1)[:, :3]).square().mean().backward()
     optimizer.step()
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_training_goes_on_as_if_nothing_had_been_converted(make):
-    model = network().double()
-    for layer in model:
-        if not isinstance(layer, nn.modules.batchnorm._BatchNorm):  # gradients of rounding alone
-            layer.register_parameter("bias", None)
+    # no parameter whose gradient a batch norm behind it takes away, down to rounding: Adam enlarges
+    # it; the loss has a target for the same reason
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.Conv2d(6, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Flatten(), nn.Linear(16, 3, bias=False), nn.BatchNorm1d(3),
+    ).double()  # fmt: skip
     twin = copy.deepcopy(model)
     optimizers = [make(m.parameters()) for m in (model, twin)]
     for to in (None, "batchnorm", "torch", Batch(), "original"):
@@ -199,7 +202,7 @@ def test_training_goes_on_as_if_nothing_had_been_converted(make):
         step(model, optimizers[0], x)
         step(twin, optimizers[1], x)
         for name, value in twin.state_dict().items():
-            torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-9, atol=1e-9)
 
 
 def test_the_model_itself_and_whoever_refers_to_a_layer_have_the_converted_one():
