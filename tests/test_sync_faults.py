@@ -181,7 +181,7 @@ def _survivors(ranks, undisturbed, complete=FAULT, bad=BAD):
         assert each is not None, ranks[number]
         assert each["trail"] == undisturbed[: complete + 1]
         assert each["state"] == undisturbed[complete]
-        assert each["waited"] < LIMIT + SLACK
+        assert each["waited"] < LIMIT + SLACK, (number, each["message"])
     return said
 
 

@@ -25,4 +25,6 @@ for _dtype in (torch.float32, torch.float64):
         _x = torch.randn(2, 2, 3, 3, dtype=_dtype, requires_grad=True)
         _y, _ = synchronized_batch_norm(_x, peers=_Alone(), act=_act)  # type: ignore[arg-type]
         _y.sum().backward()
-        BatchNorm2d(2, act=_act)(_x).sum().backward()
+        _norm = BatchNorm2d(2, act=_act, dtype=_dtype)
+        for _mode in (True, False):
+            _norm.train(_mode)(_x).sum().backward()
